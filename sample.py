@@ -1,0 +1,518 @@
+"""A trained run goes in; objects that never existed come out, as pictures, films and meshes.
+
+    python sample.py --run runs/tiny-synthetic --n 8
+
+Paper: Sec. 3.3 and 4: noise -> 64 Heun steps -> denormalize -> G2 -> volume -> render. The first
+decoder half and the embeddings are not used; with --direct they are all that is used (the paper's
+baseline, direct latent sampling: draw an embedding, decode it with the whole G).
+
+This file also holds what training shares with sampling: reading a checkpoint, rebuilding the
+models from it, drawing figures, and the Frechet distance.
+
+Shapes: B objects, V views, n samples, C channels, H = W side of a picture.
+Simplified: Frechet distances use a fixed random network in place of Inception.
+Read next: train.py
+"""
+import math
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import imageio.v3 as iio
+import matplotlib
+import torch
+import torch.nn.functional as F
+
+import data
+import render
+from autodecoder import AutoDecoder, RandomFeatures
+from data import BadInput
+from diffusion import Denoiser, edm_sampler
+from normalize import RobustNormalizer
+
+matplotlib.use("Agg")                        # draw into files: no screen is needed
+import matplotlib.pyplot as plt  # noqa: E402
+
+# ---- Checkpoints --------------------------------------------------------------------------------
+
+
+def load_checkpoint(run, stage, missing_ok=False):
+    """Reads RUN/stage1.pt or stage2.pt: a dict of tensors and plain types (see train.save).
+
+    A checkpoint may come from a stranger, so only the safe loader touches it. Raises BadInput
+    where there is none (or returns None if missing_ok), it is damaged, or of another stage.
+    """
+    path = Path(run) / f"stage{stage}.pt"
+    if not path.exists():
+        if missing_ok:
+            return None
+        raise BadInput(f"{path} is not there: run `python train.py --stage {stage} --out {run}` "
+                       "with the same --data and --preset first")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise BadInput(f"{path} cannot be read as a checkpoint ({reason}); delete it and train "
+                       "again") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("stage") != stage:
+        found = checkpoint.get("stage", "no") if isinstance(checkpoint, dict) else "no"
+        raise BadInput(f"{path} is a checkpoint of stage {found}, not {stage}; did files get "
+                       "renamed?")
+    return checkpoint
+
+
+def build_autodecoder(s, n_objects):
+    """The decoder that settings s (a dict) describe."""
+    return AutoDecoder(
+        n_objects, s["embed_dim"], s["channels"], s["start_side"], s["volume_side"],
+        s["latent_side"], s["decoder_depth"], tuple(s["decoder_attention"]), s["norm"],
+        s["codebooks"], s["rows"], s["hash_rule"])
+
+
+def build_denoiser(s):
+    """The diffusion network that settings s (a dict) describe."""
+    doublings = int(math.log2(s["latent_side"] // s["start_side"]))
+    return Denoiser(
+        s["channels"] >> doublings, s["latent_side"], s["unet_channels"],
+        tuple(s["unet_multipliers"]), s["unet_depth"], tuple(s["unet_attention"]),
+        s["context_dim"], s["transformer_depth"], s["sigma_data"], s["dropout"])
+
+
+def build_normalizer(s):
+    return RobustNormalizer(s["normalization"], s["per_channel"], s["latent_scale"])
+
+
+def restore(module, state, path):
+    """Loads a state dict; a checkpoint that does not fit its own settings is bad input."""
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} does not fit the settings that it carries "
+                       f"({str(error).splitlines()[-1].strip()[:100]})") from None
+    return module
+
+
+def load_run(run, device="cpu", stages=(1, 2)):
+    """Rebuilds what training left in the folder RUN, ready to generate.
+
+    returns a namespace: settings (dict), autodecoder, view (dict: distance, elevation), names,
+    data (the dataset's source) and, with stage 2, denoiser (the EMA weights) and normalizer
+    """
+    first = load_checkpoint(run, 1)
+    s = first["settings"]
+    out = SimpleNamespace(settings=s, names=first["names"], view=first["view"],
+                          source=first["source"], device=device)
+    out.autodecoder = restore(build_autodecoder(s, len(first["names"])), first["model"],
+                              f"{run}/stage1.pt").to(device).eval().requires_grad_(False)
+    if 2 in stages:
+        second = load_checkpoint(run, 2)
+        if second["decoder"] != first["fingerprint"]:
+            raise BadInput(f"{run}/stage2.pt was trained on another stage 1 than the one there "
+                           f"now: run `python train.py --stage 2 --out {run}` again")
+        s = out.settings = second["settings"]
+        out.denoiser = restore(build_denoiser(s), second["ema"], f"{run}/stage2.pt")
+        out.denoiser.to(device).eval().requires_grad_(False)
+        out.normalizer = build_normalizer(s)
+        out.normalizer.m, out.normalizer.s = (second[k].to(device) for k in ("m", "s"))
+    return out
+
+
+# ---- Generating ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def training_latents(run, chunk=64):
+    """F = G1(e) of every training object -> (N, C, D, H, W)."""
+    k = torch.arange(len(run.names), device=run.device)
+    return torch.cat([run.autodecoder.decode_latent(run.autodecoder.embed(part))
+                      for part in k.split(chunk)])
+
+
+def sample_latents(run, noise, steps=64, churn=0.0, seed=0, watch=None, chunk=64):
+    """Noise (n, C, D, H, W), unit normal -> latents F of new objects, ready for decode_volume."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [edm_sampler(run.denoiser, part.to(run.device), steps, S_churn=churn, S_min=0.05,
+                         S_max=50.0, S_noise=1.003, generator=generator, watch=watch)
+             for part in noise.split(chunk)]
+    return run.normalizer.denormalize(torch.cat(parts).float())
+
+
+def latent_noise(run, n, seed):
+    """(n, C, D, H, W) unit normal noise of the latents' shape; sample i depends on seed and i."""
+    side, channels = run.autodecoder.latent_side, run.autodecoder.latent_channels
+    return torch.stack([torch.randn(channels, side, side, side,
+                                    generator=torch.Generator().manual_seed(seed * 100_003 + i))
+                        for i in range(n)])
+
+
+@torch.no_grad()
+def direct_latents(run, n, seed, kind):
+    """The baseline: latents of embeddings drawn at random and decoded by G1 -> (n, C, D, H, W).
+
+    kind "normal": e ~ N(0, I), what the embeddings started as
+    kind "fitted": e ~ N(mean, covariance) of the trained embeddings (the predecessor whitens them)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    k = torch.arange(len(run.names), device=run.device)
+    e = run.autodecoder.embed(k)                                             # (N, 1024)
+    if kind == "normal":
+        draw = torch.randn(n, e.shape[1], generator=generator).to(e)
+    else:
+        # With fewer objects than dimensions the covariance is singular; drawing in the span of the
+        # centred rows, e = mean + z^T (E - mean) / sqrt(N - 1), has just that covariance.
+        z = torch.randn(n, len(e), generator=generator).to(e)
+        draw = e.mean(0) + z @ (e - e.mean(0)) / math.sqrt(max(1, len(e) - 1))
+    return run.autodecoder.decode_latent(draw)
+
+
+@torch.no_grad()
+def render_views(run, volumes, azimuths, size, elevation=None, extras=False, n_samples=96):
+    """Pictures of volumes (B, 4, D, H, W) from a turntable of V azimuths (radians).
+
+    returns render.render's dict, (B, V, C, size, size), on the CPU; one view at a time, to stay small
+    """
+    elevation = run.view["elevation"] if elevation is None else elevation
+    distance = run.view["distance"]
+    # A sphere of radius 1.4 around the object fills the picture, whatever the training cameras did.
+    focal = 0.5 * math.sqrt(distance**2 - 1.4**2) / 1.4
+    intrinsics = torch.tensor([focal, focal, 0.5, 0.5], device=run.device)
+    views = []
+    for azimuth in azimuths:
+        camera = render.orbit(torch.tensor(float(azimuth)), torch.tensor(elevation), distance)
+        for volume in volumes.split(16):
+            n = len(volume)
+            views.append(render.render(
+                volume, camera.to(run.device).expand(n, 1, 4, 4), intrinsics.expand(n, 1, 4), size,
+                n_samples, extras=extras))
+    batches = math.ceil(len(volumes) / 16)
+
+    def join(key):
+        columns = [torch.cat([v[key].cpu() for v in views[i:i + batches]])
+                   for i in range(0, len(views), batches)]
+        return torch.cat(columns, 1)
+
+    return {key: join(key) for key in views[0]}
+
+
+def decode(run, latents, chunk=16):
+    """G2 in chunks: latents (n, C, d, d, d) -> volumes (n, 4, D, H, W)."""
+    with torch.no_grad():
+        return torch.cat([run.autodecoder.decode_volume(part) for part in latents.split(chunk)])
+
+
+def nearest_training(run, volumes, training_volumes):
+    """Index of the training object that looks most like each volume, by renders -> (n,) int64.
+
+    Root-mean-square difference of colours at 32 x 32 from four sides: what the eye compares.
+    """
+    azimuths = [0.4 + i * math.pi / 2 for i in range(4)]
+    ours, theirs = (render_views(run, v, azimuths, 32, n_samples=48)["rgb"].flatten(1)
+                    for v in (volumes, training_volumes))
+    distance = torch.cdist(ours, theirs) / math.sqrt(ours.shape[1])
+    return distance.argmin(1), distance.amin(1)
+
+
+# ---- Frechet distance ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def image_features(images, chunk=256):
+    """Features of pictures (n, 3, H, W) in [0, 1] -> (n, 240): means of a random network's maps.
+
+    OURS: Inception cannot be had without a download. Distances are comparable among themselves,
+    for pictures of the same size, and with no published FID.
+    """
+    network = RandomFeatures()
+    return torch.cat([torch.cat([m.mean((2, 3)) for m in network(part)], 1)
+                      for part in images.split(chunk)])
+
+
+def frechet_distance(a, b):
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of features a (n, d), b (m, d), n, m >= 2.
+
+    A, B are covariances. The trace of (A B)^(1/2) is the sum of the square roots of the eigenvalues
+    of A^(1/2) B A^(1/2), which is symmetric: no complex numbers, no general matrix root.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"features must be (n, d) and (m, d) with n, m >= 2, got "
+                         f"{tuple(a.shape)} and {tuple(b.shape)}")
+    a, b = a.double(), b.double()
+    A, B = (torch.atleast_2d(torch.cov(x.T)) for x in (a, b))
+    values, vectors = torch.linalg.eigh(A)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross)
+
+
+@torch.no_grad()
+def frechet_to_training_views(run, volumes, dataset, views=4, seed=0):
+    """Frechet distance of renders of volumes (n, 4, D, H, W) to the dataset's training pictures.
+
+    Each volume is seen from `views` cameras drawn from the training frames, at the data's size.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    train = torch.nonzero(~dataset.heldout)[:, 0]
+    size = dataset.images.shape[1]
+    pictures = []
+    for volume in volumes.split(8):
+        frames = train[torch.randint(len(train), (len(volume), views), generator=generator)]
+        out = render.render(volume, dataset.cam2world[frames].to(run.device),
+                            dataset.intrinsics[frames].to(run.device), size, 64, extras=False)
+        pictures.append(out["rgb"].flatten(0, 1).cpu())
+    true = image_features(dataset.batch(train, size)[0])
+    return frechet_distance(image_features(torch.cat(pictures)), true)
+
+
+# ---- Figures ------------------------------------------------------------------------------------
+
+
+def on_white(out):
+    """Colour over a white background, for looking at: dark objects show. -> (..., 3, H, W)."""
+    return out["rgb"] + 1 - out["occupancy"]
+
+
+def depth_picture(out):
+    """Depth as grey, near is dark, background white. -> (..., 3, H, W)."""
+    depth, hit = out["depth"], out["occupancy"] > 0.5
+    seen = depth[hit] if hit.any() else depth.new_tensor([0.0, 1.0])
+    low, high = seen.min(), seen.max()
+    grey = (0.1 + 0.8 * (depth - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    return torch.where(hit, grey, torch.ones_like(grey)).expand_as(out["rgb"])
+
+
+def normal_picture(out):
+    """Normals as colours (x, y, z in [-1, 1] -> red, green, blue), background white."""
+    return torch.where(out["occupancy"] > 0.5, (out["normal"] + 1) / 2, torch.ones(()))
+
+
+def to_uint8(image):
+    """(..., 3, H, W) in [0, 1] -> (..., H, W, 3) uint8 numpy."""
+    return (image.clamp(0, 1) * 255).round().byte().movedim(-3, -1).cpu().numpy()
+
+
+def tile(rows):
+    """A list of rows of pictures, each (n, 3, H, W) -> one picture (3, H', W'), 2 px apart."""
+    return torch.cat([torch.cat([F.pad(p, (1, 1, 1, 1), value=1.0) for p in row], -1)
+                      for row in rows], -2)
+
+
+def save_sheet(path, rows, labels, title=""):
+    """Writes labelled rows of pictures, each (n, 3, H, W), as one PNG."""
+    picture = tile(rows)
+    height, width = picture.shape[1:]
+    figure, axis = plt.subplots(figsize=(width / 100 + 1.3, height / 100 + 0.4), dpi=100)
+    axis.imshow(to_uint8(picture), interpolation="nearest")
+    step = height / len(rows)
+    axis.set_yticks([step * (i + 0.5) for i in range(len(rows))], labels, fontsize=9)
+    axis.set_xticks([])
+    axis.tick_params(length=0)
+    for side in axis.spines.values():
+        side.set_visible(False)
+    axis.set_title(title, fontsize=10)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
+    plt.close(figure)
+
+
+def save_film(folder, name, frames, fps=15):
+    """Writes frames (T, 3, H, W) as GIF and MP4; returns the paths."""
+    frames = to_uint8(frames[..., :frames.shape[-2] // 2 * 2, :frames.shape[-1] // 2 * 2])
+    gif, mp4 = Path(folder) / f"{name}.gif", Path(folder) / f"{name}.mp4"
+    iio.imwrite(gif, frames, duration=1000 / fps, loop=0)
+    iio.imwrite(mp4, frames, fps=fps, codec="libx264", macro_block_size=2)
+    return [gif, mp4]
+
+
+def save_turntable(run, volumes, folder, name="turntable", size=96, frames=48):
+    """A film of volumes (n, 4, D, H, W), up to four in a row, turning once -> paths."""
+    azimuths = torch.linspace(0, 2 * math.pi, frames + 1)[:-1].tolist()
+    views = on_white(render_views(run, volumes, azimuths, size))              # (n, T, 3, H, W)
+    columns = min(4, len(volumes))
+    rows = [views[i:i + columns] for i in range(0, len(views) // columns * columns, columns)]
+    return save_film(folder, name, torch.stack(
+        [tile([row[:, t] for row in rows]) for t in range(frames)]))
+
+
+def save_training_sheet(path, run, dataset, objects, title):
+    """Truth, render, occupancy, depth and normals of the same few objects, from one view each."""
+    frames = torch.stack([dataset.frames_of(k, heldout=None)[0] for k in objects])[:, None]
+    size = dataset.images.shape[1]
+    truth, mask = dataset.batch(frames, size)
+    was_training = run.autodecoder.training
+    run.autodecoder.eval()
+    with torch.no_grad():
+        volumes = run.autodecoder(torch.tensor(objects, device=run.device))
+        out = render.render(volumes, dataset.cam2world[frames].to(run.device),
+                            dataset.intrinsics[frames].to(run.device), size, 96)
+    run.autodecoder.train(was_training)
+    out = {key: value.cpu()[:, 0] for key, value in out.items()}              # (n, C, H, W)
+    rows = [truth[:, 0] + 1 - mask[:, 0], on_white(out), 1 - out["occupancy"].expand(-1, 3, -1, -1),
+            depth_picture(out), normal_picture(out)]
+    save_sheet(path, rows, ["truth", "render", "occupancy", "depth", "normals"], title)
+
+
+def save_latent_histogram(path, latents):
+    """The paper's Fig. 9: latents raw, after mean and deviation, after median and IQR."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3), constrained_layout=True)
+    for axis, mode in zip(axes, ("none", "meanstd", "robust")):
+        x = RobustNormalizer(mode).fit(latents).normalize(latents).flatten().cpu()
+        limit = 5.0 if mode != "none" else float(x.abs().max())
+        axis.hist(x.clamp(-limit, limit).numpy(), bins=120, color="tab:blue")
+        axis.set_yscale("log")
+        axis.set_title({"none": "raw latents", "meanstd": "(F - mean) / std",
+                        "robust": "(F - median) / (0.7413 IQR)"}[mode])
+        axis.set_xlabel(f"std {x.std():.2f}, extremes {x.min():.1f} and {x.max():.1f}", fontsize=9)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def save_noise_strip(path, run, n=4, steps=32, seed=0, columns=8):
+    """From noise to object: what the denoiser believes along the sampler's path, decoded."""
+    shown, sigmas = [], []
+    wanted = {round(i * (steps - 1) / (columns - 1)) for i in range(columns)}
+
+    def watch(step, sigma, denoised):
+        if step in wanted:
+            sigmas.append(float(sigma))
+            volumes = decode(run, run.normalizer.denormalize(denoised.float()))
+            shown.append(on_white(render_views(run, volumes, [0.6], 80))[:, 0])
+
+    sample_latents(run, latent_noise(run, n, seed), steps, seed=seed, watch=watch)
+    strip = torch.stack(shown, 1)                                             # (n, columns, 3, H, W)
+    save_sheet(path, list(strip), [f"seed {seed}, {i}" for i in range(n)],
+               "denoised estimates at sigma = " + ", ".join(f"{s:.2g}" for s in sigmas))
+
+
+def save_sample_sheet(folder, run, volumes, training_volumes):
+    """Samples from four sides over their nearest training objects; and their depth and normals."""
+    nearest, distance = nearest_training(run, volumes, training_volumes)
+    azimuths = [0.6, 2.2, 3.7, 5.3]
+    ours = render_views(run, volumes, azimuths, 96, extras=True)
+    theirs = render_views(run, training_volumes[nearest.to(run.device)], azimuths[:1], 96)
+    n = min(len(volumes), 8)
+    rows, labels = [], []
+    for i in range(0, len(volumes) // n * n, n):
+        rows += [on_white(ours)[i:i + n, v] for v in (0, 1, 2)] + [on_white(theirs)[i:i + n, 0]]
+        labels += ["sample", "turned", "turned", "nearest\ntraining\nobject"]
+    paths = [Path(folder) / "samples.png", Path(folder) / "geometry.png"]
+    save_sheet(paths[0], rows, labels, f"{len(volumes)} samples; root-mean-square distance to the "
+               f"nearest training object {distance.min():.3f} to {distance.max():.3f}")
+    view = {key: value[:n, 0] for key, value in ours.items()}
+    save_sheet(paths[1], [on_white(view), depth_picture(view), normal_picture(view)],
+               ["colour", "depth", "normals"])
+    return paths
+
+
+# ---- Meshes -------------------------------------------------------------------------------------
+
+
+def save_mesh(path, volume):
+    """A coloured triangle mesh (PLY) of one volume (4, D, H, W), by marching cubes.
+
+    The surface is put where one voxel stops half of the light. Needs scikit-image.
+    """
+    try:
+        from skimage.measure import marching_cubes
+    except ImportError:
+        raise BadInput("--mesh needs scikit-image: pip install scikit-image") from None
+    volume = volume.cpu()
+    side = volume.shape[-1]
+    density = F.pad(volume[0], (1,) * 6).numpy()           # padded: the surface is always closed
+    level = math.log(2) * side / 2
+    if density.max() <= level:
+        raise BadInput(f"{path}: this sample is empty, no mesh written; try another --seed")
+    index, faces, _, _ = marching_cubes(density, level)
+    zyx = (torch.from_numpy(index.copy()) - 1 + 0.5) * 2 / side - 1           # voxel centres
+    xyz = zyx.flip(-1).float()
+    # Near a surface the colour of empty voxels mixes in: weigh colours by density.
+    weighted = torch.cat([volume[:1], volume[:1] * volume[1:]])[None]
+    colour = render.sample_volume(weighted, xyz[None])[0]                     # (n, 4)
+    colour = (colour[:, 1:] / colour[:, :1].clamp(min=1e-6)).clamp(0, 1)
+    lines = ["ply", "format ascii 1.0", f"element vertex {len(xyz)}", "property float x",
+             "property float y", "property float z", "property uchar red", "property uchar green",
+             "property uchar blue", f"element face {len(faces)}",
+             "property list uchar int vertex_indices", "end_header"]
+    rgb = (colour * 255).round().int()
+    lines += [f"{x:.5f} {y:.5f} {z:.5f} {r} {g} {b}"
+              for (x, y, z), (r, g, b) in zip(xyz.tolist(), rgb.tolist())]
+    lines += [f"3 {a} {b} {c}" for a, b, c in faces[:, ::-1].tolist()]
+    Path(path).write_text("\n".join(lines) + "\n")
+
+
+# ---- Command line -------------------------------------------------------------------------------
+
+
+def save_samples(run, folder, n, steps, seed, churn, direct=""):
+    """Draws n objects and writes sheet, geometry, turntable (GIF, MP4) -> volumes, paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if direct:
+        latents = direct_latents(run, n, seed, direct)
+    else:
+        latents = sample_latents(run, latent_noise(run, n, seed), steps, churn, seed)
+    volumes = decode(run, latents)
+    paths = save_sample_sheet(folder, run, volumes, decode(run, training_latents(run)))
+    return volumes, paths + save_turntable(run, volumes, folder)
+
+
+def save_interpolation(run, folder, seeds, steps, size=96, frames=36):
+    """A film between the objects of two seeds, along the arc between their noises -> paths."""
+    a, b = (latent_noise(run, 1, seed).double() for seed in seeds)
+    angle = torch.acos((F.normalize(a.flatten(), dim=0) @ F.normalize(b.flatten(), dim=0)))
+    share = torch.linspace(0, 1, frames, dtype=torch.float64)[:, None, None, None, None]
+    # On the arc, not on the chord: noise half-way along a straight line would be too short.
+    noise = (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
+    volumes = decode(run, sample_latents(run, noise.float(), steps))       # no churn: a smooth map
+    pictures = on_white(render_views(run, volumes, [0.6], size))[:, 0]
+    paths = save_film(folder, "interpolation", torch.cat([pictures, pictures.flip(0)]))
+    sheet = Path(folder) / "interpolation.png"
+    save_sheet(sheet, [pictures[::frames // 8]], [f"seed {seeds[0]} to {seeds[1]}"])
+    return [sheet] + paths
+
+
+def choose_device(name):
+    """"auto" -> a GPU where there is one; anything torch does not know is bad input."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise BadInput(f"--device {name} is not available here; try --device cpu") from None
+    return name
+
+
+def main(arguments=None):
+    parser = data.Parser(description="Generate objects with a trained run.")
+    add = parser.add_argument
+    add("--run", default="runs/tiny-synthetic", help="folder that train.py wrote (%(default)s)")
+    add("--n", type=int, default=8, help="how many objects (%(default)s)")
+    add("--steps", type=int, default=0, help="sampler steps (default: the run's sample_steps)")
+    add("--seed", type=int, default=0, help="object i depends on seed and i alone (%(default)s)")
+    add("--churn", type=float, default=None, help="S_churn, 0 for a deterministic sampler "
+        "(default: the run's)")
+    add("--direct", choices=["normal", "fitted"], default="", help="baseline: no diffusion, draw "
+        "the embedding from N(0, I) or from a Gaussian fitted to the trained ones")
+    add("--interpolate", type=int, nargs=2, metavar="SEED", help="a film between two seeds")
+    add("--mesh", action="store_true", help="also write coloured meshes, .ply (scikit-image)")
+    add("--out", default="", help="folder for the results (default: RUN/samples)")
+    add("--device", default="auto", help="cpu, cuda, ... (%(default)s)")
+    args = parser.parse_args(arguments)
+    if args.n < 1 or args.steps < 0:
+        raise BadInput("--n and --steps must be at least 1")
+    run = load_run(args.run, choose_device(args.device), (1,) if args.direct else (1, 2))
+    steps = args.steps or run.settings["sample_steps"]
+    churn = run.settings["churn"] if args.churn is None else args.churn
+    folder = Path(args.out or Path(args.run) / ("samples" + "-direct" * bool(args.direct)))
+    volumes, paths = save_samples(run, folder, args.n, steps, args.seed, churn, args.direct)
+    if args.interpolate:
+        if args.direct:
+            raise BadInput("--interpolate is between noises; it does not go with --direct")
+        paths += save_interpolation(run, folder, args.interpolate, steps)
+    if args.mesh:
+        for i, volume in enumerate(volumes):
+            paths.append(folder / f"sample{i}.ply")
+            save_mesh(paths[-1], volume)
+    print("wrote " + ", ".join(str(p) for p in paths))
+
+
+if __name__ == "__main__":
+    data.run_cli(main)

@@ -1,0 +1,7 @@
+import os
+import sys
+from pathlib import Path
+
+# Idle threads sleep instead of spinning: small tensors on a busy machine run several times faster.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -1,0 +1,555 @@
+"""Photos go in; a trained decoder (stage 1), a trained diffusion model (stage 2) and pictures come out.
+
+    python train.py                      both stages and a first sampling, built-in objects, minutes
+    python train.py --stage 1 --data PHOTOS
+    python train.py --stage 2 --data PHOTOS
+    python train.py --help               every setting, with its default
+
+Paper: Sec. 3.2 (stage 1), Sec. 3.3 (stage 2), Tab. 5 and App. C.2 (the paper-* presets).
+Shapes: B objects a step, V views of each, C channels, H = W side of a picture, N dataset objects.
+Simplified: one device, float32, no data loader: the frames fit in memory as bytes.
+Read next: tests/, which say in closed forms what the other files promise.
+"""
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+
+import autodecoder
+import data
+import diffusion
+import render
+import sample
+from data import BadInput
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+# ---- Settings: every field is a flag ------------------------------------------------------------
+
+
+def option(default, group, help):
+    return dataclasses.field(default=default, metadata={"group": group, "help": help})
+
+
+@dataclass
+class Settings:
+    """Everything a run depends on. The defaults are the paper's (Tab. 5, ShapeNet Chairs)."""
+    size: int = option(64, "data", "side of the pictures in pixels")
+    holdout: int = option(6, "data", "every so manieth view is kept for scoring; 0: none")
+    objects: str = option("", "data", "use these objects only, e.g. obj2,obj5")
+    n_objects: int = option(15576, "data", "how many synthetic objects to make")
+    n_views: int = option(24, "data", "views of each synthetic object")
+    embed_dim: int = option(1024, "decoder", "length of the embedding e")
+    channels: int = option(512, "decoder", "features of the first volume, halved at each doubling")
+    start_side: int = option(4, "decoder", "side of the first volume")
+    volume_side: int = option(64, "decoder", "side of the decoded volume")
+    latent_side: int = option(8, "decoder", "where G is cut into G1 and G2")
+    decoder_depth: int = option(4, "decoder", "residual blocks per resolution")
+    decoder_attention: tuple = option((8, 16), "decoder", "sides with self-attention")
+    norm: str = option("batch", "decoder", "batch (the paper) or group")
+    codebooks: int = option(0, "decoder", "hash embedding of so many pieces; 0: a full table")
+    rows: int = option(256, "decoder", "entries per codebook, a power of two")
+    hash_rule: str = option("spread", "decoder", "spread (ours) or paper (as printed)")
+    parts: int = option(0, "decoder", "rigid parts of articulated objects; 0: rigid")
+    steps_stage1: int = option(500_000, "stage 1", "training steps")
+    objects_per_step: int = option(16, "stage 1", "objects in a step")
+    views_per_step: int = option(4, "stage 1", "views of each object in a step")
+    n_samples: int = option(128, "stage 1", "samples on a ray")
+    lr_stage1: float = option(5e-4, "stage 1", "Adam's learning rate, decays linearly to 0")
+    perceptual: str = option("gradients", "stage 1", "what Eq. 1 compares: pixels, gradients, "
+                             "random, or a path to " + autodecoder.VGG19_FILE)
+    foreground_weight: float = option(10.0, "stage 1", "weight of Eq. 2")
+    perceptual_weight: float = option(10.0, "stage 1", "weight of Eq. 1")
+    finer_at: tuple = option((), "stage 1", "shares of the run at which pictures double in side, "
+                             "to end at --size, e.g. 0.4,0.85; empty: full size throughout")
+    context_dim: int = option(0, "stage 2", "width of text tokens; 0: unconditional")
+    unet_channels: int = option(128, "stage 2", "width of the U-Net")
+    unet_multipliers: tuple = option((3, 4), "stage 2", "its factor at each resolution")
+    unet_depth: int = option(2, "stage 2", "residual blocks per resolution")
+    unet_attention: tuple = option((8, 4), "stage 2", "sides with self-attention")
+    transformer_depth: int = option(1, "stage 2", "attention layers after a block")
+    dropout: float = option(0.0, "stage 2", "dropout in the U-Net")
+    sigma_data: float = option(0.5, "stage 2", "EDM's assumed spread of normalized latents")
+    normalization: str = option("robust", "stage 2", "robust, meanstd or none")
+    per_channel: bool = option(False, "stage 2", "one median and IQR per channel")
+    latent_scale: float = option(1.0, "stage 2", "spread of latents after normalization")
+    steps_stage2: int = option(500_000, "stage 2", "training steps")
+    batch_size: int = option(64, "stage 2", "latents in a step")
+    # AMBIGUOUS: Tab. 5 says 4.5e-5, the text 4.5e-4.
+    lr_stage2: float = option(4.5e-4, "stage 2", "Adam's learning rate, decays linearly to 0")
+    ema_half_life: float = option(2000.0, "stage 2", "of the averaged weights, in steps")
+    sample_steps: int = option(64, "sampling", "steps of the sampler")
+    churn: float = option(40.0, "sampling", "S_churn, fresh noise; 0: deterministic")
+    n_sheet: int = option(8, "sampling", "objects on the first sheet")
+    seed: int = option(0, "run", "of everything random")
+    log_every: int = option(50, "run", "steps between lines of the log")
+    save_every: int = option(500, "run", "steps between checkpoints")
+
+
+PAPER_TEXT = dict(unet_channels=192, unet_depth=3, context_dim=1024, codebooks=256)
+PRESETS = {
+    # Two CPU cores, minutes. The paper's ratios, not its numbers: latent side = volume side / 8.
+    "tiny": dict(n_objects=128, channels=64, volume_side=32, latent_side=4, decoder_depth=1,
+                 decoder_attention=(), objects_per_step=4, n_samples=32, lr_stage1=2e-3,
+                 steps_stage1=2400, finer_at=(0.4, 0.85), perceptual_weight=1.0,
+                 foreground_weight=1.0, unet_channels=64, unet_multipliers=(1, 2), unet_depth=1,
+                 unet_attention=(4, 2), steps_stage2=2500, batch_size=16, lr_stage2=1e-3,
+                 ema_half_life=200.0, sample_steps=32),
+    # One GPU, under an hour.
+    "small": dict(n_objects=1024, channels=256, volume_side=64, latent_side=8, decoder_depth=2,
+                  n_samples=64, objects_per_step=16, steps_stage1=20_000, lr_stage1=1e-3,
+                  finer_at=(0.2, 0.5), unet_channels=96, unet_multipliers=(2, 3),
+                  steps_stage2=40_000, batch_size=64),
+    "paper-tables": dict(n_objects=1676, n_views=91, volume_side=128, decoder_depth=2),
+    "paper-chairs": dict(n_objects=15576, n_views=200),
+    "paper-celebv": dict(n_objects=44_400, n_views=373, decoder_depth=2, parts=10, rows=8192,
+                         **PAPER_TEXT),
+    "paper-mvimgnet": dict(n_objects=206_990, n_views=30, rows=32768, **PAPER_TEXT),
+    "paper-objaverse": dict(n_objects=300_000, n_views=6, rows=32768, transformer_depth=2,
+                            foreground_weight=0.0, **PAPER_TEXT),
+}
+CHOICES = {"norm": ("batch", "group"), "hash_rule": ("spread", "paper"),
+           "normalization": ("robust", "meanstd", "none")}
+
+
+def parse(arguments=None):
+    """Command line -> (args, Settings): a preset's values, then the flags that were given."""
+    parser = data.Parser(description=__doc__.splitlines()[0], argument_default=None)
+    add = parser.add_argument
+    add("--stage", type=int, choices=[1, 2], help="train one stage only (default: both, then sample)")
+    add("--data", default="synthetic", help="'synthetic' or a folder of photos (%(default)s)")
+    add("--preset", default="tiny", choices=PRESETS, help="%(choices)s (%(default)s)")
+    add("--out", help="the run's folder (default: runs/PRESET-DATA)")
+    add("--steps", type=int, help="training steps of each stage that runs")
+    add("--device", default="auto", help="cpu, cuda, ... (%(default)s)")
+    add("--resume", action="store_true", help="go on from the checkpoints in --out")
+    groups = {}
+    for f in dataclasses.fields(Settings):
+        name = f.metadata["group"]
+        group = groups.setdefault(name, parser.add_argument_group(name))
+        flags = [f"--{f.name.replace('_', '-')}"] + [f"--{f.name}"] * ("_" in f.name)
+        kind = {bool: dict(action=data.argparse.BooleanOptionalAction),
+                tuple: dict(type=number_list, metavar="A,B")}.get(
+                    f.type, dict(type=f.type, metavar=f.type.__name__.upper(),
+                                 choices=CHOICES.get(f.name)))
+        group.add_argument(*flags, help=f"{f.metadata['help']} (paper: {f.default})", **kind)
+    args = parser.parse_args(arguments)
+    values = dict(PRESETS[args.preset])
+    values |= {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)
+               if getattr(args, f.name) is not None}
+    for stage in (1, 2):
+        if args.steps is not None and args.stage in (None, stage):
+            values[f"steps_stage{stage}"] = args.steps
+    settings = Settings(**values)
+    check(settings)
+    args.out = Path(args.out or f"runs/{args.preset}-{Path(args.data).resolve().name}")
+    return args, settings
+
+
+def number_list(text):
+    """"8,16" -> (8, 16); "0.4,0.8" -> (0.4, 0.8); "" -> ()."""
+    return tuple(float(x) if "." in x else int(x) for x in text.split(",") if x.strip())
+
+
+def check(s):
+    """Settings that cannot work are refused here, before anything is read or written."""
+    for name in ("size", "n_objects", "n_views", "embed_dim", "channels", "start_side",
+                 "decoder_depth", "steps_stage1", "steps_stage2", "objects_per_step",
+                 "views_per_step", "n_samples", "batch_size", "sample_steps", "n_sheet",
+                 "log_every", "save_every", "lr_stage1", "lr_stage2", "sigma_data",
+                 "latent_scale", "ema_half_life"):
+        value = getattr(s, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise BadInput(f"--{name.replace('_', '-')} must be positive, got {value}")
+    if s.size % 2 ** len(s.finer_at):
+        raise BadInput(f"--size {s.size} cannot be halved {len(s.finer_at)} times (--finer-at)")
+    try:
+        with torch.device("meta"):                       # no memory, no time: shapes only
+            sample.build_autodecoder(dataclasses.asdict(s), 2)
+            sample.build_denoiser(dataclasses.asdict(s))
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+# ---- Checkpoints, log, metrics ------------------------------------------------------------------
+
+
+def save(path, checkpoint):
+    """Writes a checkpoint under a temporary name, then renames it: never a half-written file."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(checkpoint, temporary)
+    os.replace(temporary, path)
+
+
+def fingerprint(model):
+    """A short hash of all weights: tells stage 2 which stage 1 its latents came from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def random_states(generator):
+    """All that randomness comes from: restored by set_random_states, a run goes on with its bits."""
+    return {"generator": generator.get_state(), "global": torch.get_rng_state()}
+
+
+def set_random_states(generator, states):
+    generator.set_state(states["generator"])
+    torch.set_rng_state(states["global"])
+
+
+def same_settings(ours, theirs, groups, path):
+    """Resuming needs the settings that the checkpoint was made with; says which one differs."""
+    free = {"steps_stage1", "steps_stage2", "log_every", "save_every"}
+    for f in dataclasses.fields(Settings):
+        if f.metadata["group"] in groups and f.name not in free:
+            a, b = getattr(ours, f.name), theirs[f.name]
+            if a != (tuple(b) if isinstance(b, list) else b):
+                raise BadInput(f"--{f.name.replace('_', '-')} is {a} here but {b} in {path}; give "
+                               "the same flags to go on, or another --out to start anew")
+
+
+def open_log(path, stage, step):
+    """log.csv, positioned after `step` of `stage`; later rows, from a run that is redone, go."""
+    header = ["stage", "step", "loss", "psnr", "ms_per_step", "size"]
+    rows = []
+    if path.exists() and (stage == 2 or step > 0):
+        with open(path, newline="") as file:
+            rows = [r for r in list(csv.reader(file))[1:]
+                    if len(r) == len(header) and (int(r[0]), int(r[1])) <= (stage, step)]
+    file = open(path, "w", newline="")
+    writer = csv.writer(file)
+    writer.writerows([header] + rows)
+    return file, writer
+
+
+def plot_log(run):
+    """Draws log.csv as loss.png: loss of both stages, PSNR of stage 1's own pictures."""
+    with open(run / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3), constrained_layout=True)
+    for axis, stage, key in zip(axes, "112", ("loss", "psnr", "loss")):
+        points = [(int(r["step"]), float(r[key])) for r in rows if r["stage"] == stage and r[key]]
+        axis.plot(*zip(*points) if points else ((), ()))
+        axis.set_title(f"stage {stage}: " + ("psnr of training views, dB" if key == "psnr" else key))
+        axis.set_xlabel("step")
+    figure.savefig(run / "loss.png", dpi=90)
+    plt.close(figure)
+
+
+def add_metrics(run, settings, **values):
+    """Adds flat numbers to RUN/metrics.json, beside all settings."""
+    path = run / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        metrics = {}                                     # damaged: it is written anew
+    metrics |= values
+    metrics["seconds_total"] = round(sum(metrics.get(f"seconds_{part}", 0.0) for part in (
+        "data", "stage1", "stage2", "sampling")), 1)
+    metrics["peak_memory_gib"] = round(
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)     # Linux counts in KiB
+    metrics["settings"] = dataclasses.asdict(settings)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+class Progress:
+    """One line on the screen and one row in log.csv, every log_every steps."""
+
+    def __init__(self, run, stage, step, steps, log_every):
+        self.file, self.writer = open_log(run / "log.csv", stage, step)
+        self.stage, self.steps, self.log_every = stage, steps, log_every
+        self.start, self.since, self.losses, self.mses = time.time(), step, [], []
+
+    def __call__(self, step, loss, mse=None, size=""):
+        if not math.isfinite(loss):
+            raise BadInput(f"stage {self.stage}: the loss is {loss} at step {step}; the last good "
+                           "checkpoint is kept; try a lower learning rate")
+        self.losses.append(loss)
+        self.mses += [mse] if mse is not None else []
+        if step % self.log_every and step != self.steps:
+            return
+        ms = 1000 * (time.time() - self.start) / (step - self.since)
+        loss = sum(self.losses) / len(self.losses)
+        psnr = -10 * math.log10(max(1e-10, sum(self.mses) / len(self.mses))) if self.mses else None
+        eta = int(ms / 1000 * (self.steps - step))
+        self.writer.writerow([self.stage, step, f"{loss:.6g}", f"{psnr:.3f}" if psnr else "",
+                              f"{ms:.1f}", size])
+        self.file.flush()
+        print(f"stage {self.stage} | {step}/{self.steps} | loss {loss:.4f} | "
+              + (f"psnr {psnr:.1f} dB | " if psnr else "")
+              + f"{ms:.0f} ms/step | eta {eta // 60}m{eta % 60:02d}s", flush=True)
+        self.start, self.since, self.losses, self.mses = time.time(), step, [], []
+
+
+# ---- Stage 1: the autodecoder (Sec. 3.2) --------------------------------------------------------
+
+
+def build_features(name):
+    """The f of Eq. 1, by name or from a file of VGG-19 weights."""
+    if name == "pixels":
+        return lambda image: [image]
+    if name == "gradients":
+        return autodecoder.pixels_and_gradients
+    if name == "random":
+        return autodecoder.RandomFeatures().requires_grad_(False)
+    path = Path(name)
+    if not path.is_file():
+        raise BadInput(f"--perceptual {name}: not pixels, gradients, random, nor a file; VGG-19 "
+                       f"weights are torchvision's {autodecoder.VGG19_FILE}")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        return autodecoder.VGG19Features(weights).requires_grad_(False)
+    except (sample.pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError) as error:
+        raise BadInput(f"--perceptual {name}: {str(error).splitlines()[0][:120]}") from None
+
+
+def picture_size(settings, step):
+    """Side of the pictures at a step: coarse first, so that the first steps cost little."""
+    # OURS: 16, then 32, then 64 pixels. A 16 x 16 step costs a third of a 64 x 64 one.
+    share = step / settings.steps_stage1
+    halvings = sum(share < at for at in settings.finer_at)
+    return settings.size >> halvings
+
+
+def draw_frames(dataset, k, views, generator):
+    """`views` different training frames of each object in k -> (B, V) frame numbers."""
+    rows = []
+    for i in k.tolist():
+        frames = dataset.frames_of(i, heldout=False)
+        pick = torch.randperm(len(frames), generator=generator)
+        # An object with fewer views than asked for shows some of them twice.
+        rows.append(frames[pick.repeat(math.ceil(views / len(frames)))[:views]])
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def score_heldout(model, dataset, device, n_samples=96, chunk=8):
+    """Mean PSNR over all held-out views, dB: 10 log10(1 / mean squared error) of each view."""
+    model.eval()
+    psnr = []
+    for frame in torch.nonzero(dataset.heldout)[:, 0].split(chunk):
+        volumes = model(dataset.object_index[frame].to(device))
+        size = dataset.images.shape[1]
+        out = render.render(volumes, dataset.cam2world[frame, None].to(device),
+                            dataset.intrinsics[frame, None].to(device), size, n_samples,
+                            extras=False)
+        true = dataset.batch(frame, size)[0]
+        error = (out["rgb"][:, 0].cpu() - true).square().flatten(1).mean(1)
+        psnr.append(-10 * torch.log10(error.clamp(min=1e-10)))
+    model.train()
+    return float(torch.cat(psnr).mean()) if psnr else None
+
+
+def turntable_view(dataset):
+    """Where samples are looked at from: distance and height of a typical training camera."""
+    position = dataset.cam2world[:, :3, 3]
+    distance = position.norm(dim=1)
+    elevation = torch.asin(position[:, 1] / distance).median()
+    return {"distance": max(1.8, float(distance.median())),
+            "elevation": float(elevation.clamp(0.1, 0.6))}
+
+
+def train_stage1(s, dataset, run, device, source, resume=False):
+    """Learns decoder and embeddings from photos; writes stage1.pt, log, figures -> the model.
+
+    s Settings, dataset data.Dataset, run the folder (Path), source what --data said
+    """
+    torch.manual_seed(s.seed)
+    generator = torch.Generator().manual_seed(s.seed)
+    features = build_features(s.perceptual)
+    if isinstance(features, torch.nn.Module):
+        features = features.to(device)
+    model = sample.build_autodecoder(dataclasses.asdict(s), dataset.n_objects).to(device)
+    # PAPER: Adam with betas (0.5, 0.999), linear decay.
+    optimizer = torch.optim.Adam(model.parameters(), s.lr_stage1, betas=(0.5, 0.999),
+                                 fused=True)          # one pass over the weights: 10 x faster
+    path, step, seconds = run / "stage1.pt", 0, 0.0
+    order = torch.empty(0, dtype=torch.int64)             # objects still to come in this epoch
+    old = sample.load_checkpoint(run, 1, missing_ok=True) if resume else None
+    if old:
+        same_settings(s, old["settings"], ("data", "decoder", "stage 1"), path)
+        if old["names"] != dataset.names:
+            raise BadInput(f"{path} was trained on other objects than --data {source}")
+        sample.restore(model, old["model"], path)
+        optimizer.load_state_dict(old["optimizer"])
+        set_random_states(generator, old["random"])
+        step, seconds, order = old["step"], old["seconds"], old["order"]
+    elif path.exists():
+        os.replace(path, path.with_suffix(".old"))        # nothing is lost
+    log = Progress(run, 1, step, s.steps_stage1, s.log_every)
+    shown = torch.linspace(0, dataset.n_objects - 1, min(8, dataset.n_objects)).long().tolist()
+    began = time.time() - seconds
+    while step < s.steps_stage1:
+        for group in optimizer.param_groups:
+            group["lr"] = s.lr_stage1 * (1 - step / s.steps_stage1)
+        if len(order) < min(s.objects_per_step, dataset.n_objects):
+            order = torch.randperm(dataset.n_objects, generator=generator)
+        k, order = order[:s.objects_per_step], order[s.objects_per_step:]             # (B,)
+        size = picture_size(s, step)
+        frames = draw_frames(dataset, k, s.views_per_step, generator)                 # (B, V)
+        images, masks = (x.to(device) for x in dataset.batch(frames, size))           # (B, V, ., H, W)
+        out = render.render(model(k.to(device)), dataset.cam2world[frames].to(device),
+                            dataset.intrinsics[frames].to(device), size, s.n_samples,
+                            jitter=generator, extras=False)
+        loss = (s.perceptual_weight * autodecoder.pyramid_loss(
+                    features, out["rgb"].flatten(0, 1), images.flatten(0, 1))
+                + s.foreground_weight * autodecoder.foreground_loss(out["occupancy"], masks))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        log(step, loss.item(), (out["rgb"].detach() - images).square().mean().item(), size)
+        if step % s.save_every == 0 or step == s.steps_stage1:
+            save(path, {"stage": 1, "step": step, "settings": dataclasses.asdict(s),
+                        "source": source, "names": dataset.names, "captions": dataset.captions,
+                        "view": turntable_view(dataset), "seconds": time.time() - began,
+                        "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                        "order": order, "random": random_states(generator),
+                        "fingerprint": fingerprint(model)})
+            viewer = sample.SimpleNamespace(autodecoder=model, device=device)
+            sample.save_training_sheet(run / "training.png", viewer, dataset, shown,
+                                       f"training views after {step} steps")
+            plot_log(run)
+    add_metrics(run, s, seconds_stage1=round(time.time() - began, 1), steps_stage1=step)
+    psnr = score_heldout(model, dataset, device)
+    if psnr is not None:
+        add_metrics(run, s, psnr_heldout=round(psnr, 3))
+        print(f"stage 1 | held-out views: {psnr:.2f} dB PSNR over {int(dataset.heldout.sum())}")
+    return model
+
+
+# ---- Stage 2: diffusion on latents (Sec. 3.3) ---------------------------------------------------
+
+
+def train_stage2(s, run, device, resume=False):
+    """Learns the distribution of the latents of RUN/stage1.pt; writes stage2.pt, log, figures."""
+    if s.context_dim:
+        raise BadInput("text conditioning (--context-dim) is not built yet; use --context-dim 0")
+    torch.manual_seed(s.seed + 1)
+    generator = torch.Generator().manual_seed(s.seed + 1)
+    first = sample.load_checkpoint(run, 1)
+    decoder = sample.load_run(run, device, stages=(1,))
+    s = dataclasses.replace(s, **{f.name: first["settings"][f.name]
+                                  for f in dataclasses.fields(Settings)
+                                  if f.metadata["group"] in ("data", "decoder", "stage 1")})
+    n_objects = len(decoder.names)
+    if n_objects < 2:
+        raise BadInput("stage 2 learns a distribution of objects; one object has none. Use "
+                       "--stage 1 alone, or --data with more objects")
+    latents = sample.training_latents(decoder)                               # (N, C, d, d, d)
+    normalizer = sample.build_normalizer(dataclasses.asdict(s)).fit(latents)
+    sample.save_latent_histogram(run / "latents.png", latents)
+    latents = normalizer.normalize(latents)
+    model = sample.build_denoiser(dataclasses.asdict(s)).to(device)
+    average = sample.build_denoiser(dataclasses.asdict(s)).to(device).requires_grad_(False)
+    average.load_state_dict(model.state_dict())
+    optimizer = torch.optim.Adam(model.parameters(), s.lr_stage2, fused=True)
+    path, step, seconds = run / "stage2.pt", 0, 0.0
+    old = sample.load_checkpoint(run, 2, missing_ok=True) if resume else None
+    if old:
+        same_settings(s, old["settings"], ("stage 2",), path)
+        if old["decoder"] != first["fingerprint"]:
+            raise BadInput(f"{path} was trained on another stage 1; run without --resume")
+        for module, key in ((model, "model"), (average, "ema")):
+            sample.restore(module, old[key], path)
+        optimizer.load_state_dict(old["optimizer"])
+        set_random_states(generator, old["random"])
+        step, seconds = old["step"], old["seconds"]
+    elif path.exists():
+        os.replace(path, path.with_suffix(".old"))
+    print(f"stage 2 | latents {tuple(latents.shape)} | median {normalizer.m.mean():.3f}, "
+          f"0.7413 IQR {normalizer.s.mean():.3f}, normalized spread {latents.std():.3f}")
+    log = Progress(run, 2, step, s.steps_stage2, s.log_every)
+    began = time.time() - seconds
+    while step < s.steps_stage2:
+        for group in optimizer.param_groups:
+            group["lr"] = s.lr_stage2 * (1 - step / s.steps_stage2)
+        x = latents[torch.randint(n_objects, (s.batch_size,), generator=generator)]
+        loss = diffusion.edm_loss(model, x, generator, sigma_data=s.sigma_data)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        diffusion.ema_update(average, model, step, s.ema_half_life)
+        log(step, loss.item())
+        if step % s.save_every == 0 or step == s.steps_stage2:
+            save(path, {"stage": 2, "step": step, "settings": dataclasses.asdict(s),
+                        "decoder": first["fingerprint"], "seconds": time.time() - began,
+                        "model": model.state_dict(), "ema": average.state_dict(),
+                        "optimizer": optimizer.state_dict(), "m": normalizer.m,
+                        "s": normalizer.s, "random": random_states(generator)})
+            plot_log(run)
+    add_metrics(run, s, seconds_stage2=round(time.time() - began, 1), steps_stage2=step,
+                latent_median=float(normalizer.m.mean()), latent_iqr=float(normalizer.s.mean()))
+
+
+def first_sampling(s, dataset, run):
+    """Sheets, turntable, the strip from noise to object and Frechet distances -> paths."""
+    began = time.time()
+    trained = sample.load_run(run)
+    sample.save_noise_strip(run / "noise_to_object.png", trained, steps=s.sample_steps)
+    n = 128                       # enough pictures for the covariance of the features
+    volumes, paths = sample.save_samples(trained, run / "samples", s.n_sheet, s.sample_steps, s.seed,
+                                         s.churn)
+    scores = {}
+    for key, latents in (
+            ("fd", sample.sample_latents(trained, sample.latent_noise(trained, n, s.seed + 1),
+                                         s.sample_steps, s.churn, s.seed)),
+            ("fd_direct", sample.direct_latents(trained, n, s.seed, "fitted")),
+            ("fd_direct_normal", sample.direct_latents(trained, n, s.seed, "normal")),
+            ("fd_train", sample.training_latents(trained)[:n])):
+        scores[key] = round(sample.frechet_to_training_views(
+            trained, sample.decode(trained, latents), dataset), 5)
+    add_metrics(run, s, seconds_sampling=round(time.time() - began, 1), **scores)
+    print("Frechet distance to training views (random features): diffusion {fd}, direct latent "
+          "sampling {fd_direct} (fitted) {fd_direct_normal} (normal), training objects {fd_train}"
+          .format(**scores))
+    return [run / "noise_to_object.png"] + paths
+
+
+# ---- Command line -------------------------------------------------------------------------------
+
+
+def main(arguments=None):
+    args, s = parse(arguments)
+    if s.parts:
+        raise BadInput("articulated objects (--parts, paper-celebv) are not built yet")
+    device = sample.choose_device(args.device)
+    torch.set_float32_matmul_precision("high")            # tensor cores, where there are any
+    paths, began = [], time.time()
+    dataset = None
+    if args.stage != 2:
+        dataset = data.load(args.data, s.size, s.holdout, s.seed, s.n_objects, s.n_views,
+                            s.objects or None)
+        print(f"data    | {dataset.layout}: {dataset.n_objects} objects, "
+              f"{int((~dataset.heldout).sum())} training and {int(dataset.heldout.sum())} held-out "
+              f"views, {s.size}x{s.size}, {time.time() - began:.0f} s")
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "metrics.json").unlink(missing_ok=True)
+        add_metrics(args.out, s, seconds_data=round(time.time() - began, 1))
+        train_stage1(s, dataset, args.out, device, args.data, args.resume)
+        paths += [args.out / "training.png", args.out / "loss.png"]
+    if args.stage != 1 and not (args.stage is None and dataset.n_objects < 2):
+        train_stage2(s, args.out, device, args.resume)
+        paths += [args.out / "latents.png", args.out / "loss.png"]
+    if args.stage is None and dataset.n_objects >= 2:
+        paths += first_sampling(s, dataset, args.out)
+    print("wrote " + ", ".join(str(p) for p in dict.fromkeys(paths)))
+
+
+if __name__ == "__main__":
+    data.run_cli(main)
