@@ -73,6 +73,16 @@ def batch_or_group_norm(kind, channels):
     return nn.BatchNorm3d(channels) if kind == "batch" else nn.GroupNorm(min(8, channels), channels)
 
 
+class Pointwise(nn.Linear):
+    """A 1x1x1 convolution, as the matrix product that it is. (B, c_in, ...) -> (B, c_out, ...).
+
+    OURS: on CPUs the backward pass of the same nn.Conv3d takes 2 to 8 times as long.
+    """
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
 class ResidualBlock(nn.Module):
     """Main path: two 3x3x3 convolutions, each with a norm; residual path: 1x1x1; ReLU (App. B.1).
 
@@ -87,16 +97,18 @@ class ResidualBlock(nn.Module):
                       nn.Conv3d(c_in, c_out, 3, 1, 1, bias=False))
         self.conv2 = nn.Conv3d(c_out, c_out, 3, 1, 1, bias=False)
         self.norm1, self.norm2 = (batch_or_group_norm(norm, c_out) for _ in range(2))
-        self.skip = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.skip = Pointwise(c_in, c_out) if c_in != c_out else nn.Identity()
         self.upsample = upsample
 
     def forward(self, x):
-        h = F.relu(self.norm1(self.conv1(x)))
+        # AMBIGUOUS: the paper does not say where the ReLUs stand. OURS: in front, so that what a
+        # block returns, the latent among it, is bell-shaped (Fig. 9) and not cut off at zero.
+        h = F.relu(self.norm1(self.conv1(F.relu(x))))
         h = self.norm2(self.conv2(h))
         x = self.skip(x)               # a 1x1x1 convolution commutes with upsampling: do it small
         if self.upsample:
             x = F.interpolate(x, scale_factor=2, mode="nearest")
-        return F.relu(x + h)
+        return x + h
 
 
 class SelfAttention(nn.Module):
@@ -151,7 +163,7 @@ class AutoDecoder(nn.Module):
             blocks += [ResidualBlock(c_out, c_out, norm=norm) for _ in range(depth - 1)]
             blocks += [SelfAttention(c_out)] if side in attention else []
             self.levels.append(nn.Sequential(*blocks))
-        self.head = nn.Sequential(nn.BatchNorm3d(widths[-1]), nn.Conv3d(widths[-1], 4, 1))
+        self.head = nn.Sequential(nn.BatchNorm3d(widths[-1]), Pointwise(widths[-1], 4))
         # Voxels are stored channels-last: 1.5 x faster convolutions on CPUs, and read as one piece.
         self.to(memory_format=torch.channels_last_3d)
 

@@ -134,7 +134,7 @@ def box_interval(o, d):
 def sample_volume(volume, points):
     """Trilinear interpolation. volume (B, C, D, H, W), points (B, M, 3) -> (B, M, C).
 
-    Outside the cube everything is 0; within half a voxel of a face it fades towards 0.
+    Beyond the centres of the outer voxels values fade: half on a face, 0 half a voxel outside.
     """
     # TRAP: grid_sample wants (x, y, z) and indexes the LAST axis with x, which is just how volumes
     # are stored here, (z, y, x). A symmetric object would hide a swap.

@@ -14,7 +14,6 @@ Simplified: Frechet distances use a fixed random network in place of Inception.
 Read next: train.py
 """
 import math
-import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +34,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 # ---- Checkpoints --------------------------------------------------------------------------------
 
+COMMON_KEYS = ("stage", "step", "seconds", "settings", "model", "optimizer", "random")
+CHECKPOINT_KEYS = {1: COMMON_KEYS + ("names", "captions", "source", "view", "order", "fingerprint"),
+                   2: COMMON_KEYS + ("ema", "m", "s", "decoder")}
 
 def load_checkpoint(run, stage, missing_ok=False):
     """Reads RUN/stage1.pt or stage2.pt: a dict of tensors and plain types (see train.save).
@@ -50,14 +52,16 @@ def load_checkpoint(run, stage, missing_ok=False):
                        "with the same --data and --preset first")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise BadInput(f"{path} cannot be read as a checkpoint ({reason}); delete it and train "
-                       "again") from None
+    except Exception as error:               # the unpickler of a damaged file raises anything
+        raise BadInput(f"{path} cannot be read as a checkpoint ({type(error).__name__}); delete it "
+                       "and train again") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("stage") != stage:
         found = checkpoint.get("stage", "no") if isinstance(checkpoint, dict) else "no"
         raise BadInput(f"{path} is a checkpoint of stage {found}, not {stage}; did files get "
                        "renamed?")
+    if lacking := [key for key in CHECKPOINT_KEYS[stage] if key not in checkpoint]:
+        raise BadInput(f"{path} lacks {', '.join(lacking)}: it is damaged, or of another version; "
+                       "train again")
     return checkpoint
 
 
@@ -82,11 +86,12 @@ def build_normalizer(s):
     return RobustNormalizer(s["normalization"], s["per_channel"], s["latent_scale"])
 
 
-def restore(module, state, path):
-    """Loads a state dict; a checkpoint that does not fit its own settings is bad input."""
+def restore(make, state, path):
+    """make() with a state dict loaded; what does not fit its own settings is bad input."""
     try:
+        module = make()
         module.load_state_dict(state)
-    except (RuntimeError, KeyError, TypeError) as error:
+    except (RuntimeError, AttributeError, TypeError, KeyError, ValueError) as error:
         raise BadInput(f"{path} does not fit the settings that it carries "
                        f"({str(error).splitlines()[-1].strip()[:100]})") from None
     return module
@@ -102,7 +107,7 @@ def load_run(run, device="cpu", stages=(1, 2)):
     s = first["settings"]
     out = SimpleNamespace(settings=s, names=first["names"], view=first["view"],
                           source=first["source"], device=device)
-    out.autodecoder = restore(build_autodecoder(s, len(first["names"])), first["model"],
+    out.autodecoder = restore(lambda: build_autodecoder(s, len(first["names"])), first["model"],
                               f"{run}/stage1.pt").to(device).eval().requires_grad_(False)
     if 2 in stages:
         second = load_checkpoint(run, 2)
@@ -110,7 +115,7 @@ def load_run(run, device="cpu", stages=(1, 2)):
             raise BadInput(f"{run}/stage2.pt was trained on another stage 1 than the one there "
                            f"now: run `python train.py --stage 2 --out {run}` again")
         s = out.settings = second["settings"]
-        out.denoiser = restore(build_denoiser(s), second["ema"], f"{run}/stage2.pt")
+        out.denoiser = restore(lambda: build_denoiser(s), second["ema"], f"{run}/stage2.pt")
         out.denoiser.to(device).eval().requires_grad_(False)
         out.normalizer = build_normalizer(s)
         out.normalizer.m, out.normalizer.s = (second[k].to(device) for k in ("m", "s"))
@@ -434,7 +439,7 @@ def save_mesh(path, volume):
     rgb = (colour * 255).round().int()
     lines += [f"{x:.5f} {y:.5f} {z:.5f} {r} {g} {b}"
               for (x, y, z), (r, g, b) in zip(xyz.tolist(), rgb.tolist())]
-    lines += [f"3 {a} {b} {c}" for a, b, c in faces[:, ::-1].tolist()]
+    lines += [f"3 {a} {b} {c}" for a, b, c in faces.tolist()]
     Path(path).write_text("\n".join(lines) + "\n")
 
 

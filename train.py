@@ -71,7 +71,9 @@ class Settings:
     foreground_weight: float = option(10.0, "stage 1", "weight of Eq. 2")
     perceptual_weight: float = option(10.0, "stage 1", "weight of Eq. 1")
     finer_at: tuple = option((), "stage 1", "shares of the run at which pictures double in side, "
-                             "to end at --size, e.g. 0.4,0.85; empty: full size throughout")
+                             "to end at --size, e.g. 0.3,0.6; empty: full size throughout")
+    window: int = option(0, "stage 1", "of larger pictures render a random window of this side; "
+                         "0: whole pictures")
     context_dim: int = option(0, "stage 2", "width of text tokens; 0: unconditional")
     unet_channels: int = option(128, "stage 2", "width of the U-Net")
     unet_multipliers: tuple = option((3, 4), "stage 2", "its factor at each resolution")
@@ -100,8 +102,8 @@ PAPER_TEXT = dict(unet_channels=192, unet_depth=3, context_dim=1024, codebooks=2
 PRESETS = {
     # Two CPU cores, minutes. The paper's ratios, not its numbers: latent side = volume side / 8.
     "tiny": dict(n_objects=128, channels=64, volume_side=32, latent_side=4, decoder_depth=1,
-                 decoder_attention=(), objects_per_step=4, n_samples=32, lr_stage1=2e-3,
-                 steps_stage1=2400, finer_at=(0.4, 0.85), perceptual_weight=1.0,
+                 decoder_attention=(), objects_per_step=4, n_samples=32, lr_stage1=8e-3,
+                 steps_stage1=2400, finer_at=(0.3, 0.6), window=32, perceptual_weight=1.0,
                  foreground_weight=1.0, unet_channels=64, unet_multipliers=(1, 2), unet_depth=1,
                  unet_attention=(4, 2), steps_stage2=2500, batch_size=16, lr_stage2=1e-3,
                  ema_half_life=200.0, sample_steps=32),
@@ -313,13 +315,16 @@ def build_features(name):
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         return autodecoder.VGG19Features(weights).requires_grad_(False)
-    except (sample.pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError) as error:
-        raise BadInput(f"--perceptual {name}: {str(error).splitlines()[0][:120]}") from None
+    except ValueError as error:
+        raise BadInput(f"--perceptual {name}: {error}") from None
+    except Exception as error:               # the unpickler of a damaged file raises anything
+        raise BadInput(f"--perceptual {name}: not a file of weights ({type(error).__name__}); "
+                       f"expected torchvision's {autodecoder.VGG19_FILE}") from None
 
 
 def picture_size(settings, step):
     """Side of the pictures at a step: coarse first, so that the first steps cost little."""
-    # OURS: 16, then 32, then 64 pixels. A 16 x 16 step costs a third of a 64 x 64 one.
+    # OURS: 16, then 32, then 64 pixels. A 16 x 16 step costs a quarter of a 64 x 64 one.
     share = step / settings.steps_stage1
     halvings = sum(share < at for at in settings.finer_at)
     return settings.size >> halvings
@@ -336,9 +341,31 @@ def draw_frames(dataset, k, views, generator):
     return torch.stack(rows)
 
 
+def random_windows(images, masks, intrinsics, side, generator):
+    """A random side x side window of every picture (B, V, C, H, W), as a picture of its own.
+
+    OURS: a window is a camera with other intrinsics, so full resolution costs what `side` costs,
+    and Eq. 1 still sees neighbouring pixels, as it would not with scattered rays.
+    returns images, masks (B, V, C, side, side), intrinsics (B, V, 4)
+    """
+    B, V, _, size, _ = images.shape
+    corner = torch.randint(size - side + 1, (B, V, 2), generator=generator)       # x, y
+    b, v = torch.arange(B)[:, None, None, None], torch.arange(V)[:, None, None]
+    x = (corner[..., 0, None] + torch.arange(side))[:, :, None, :]                # (B, V, 1, side)
+    y = (corner[..., 1, None] + torch.arange(side))[:, :, :, None]                # (B, V, side, 1)
+    images, masks = (p[b, v, :, y, x].movedim(-1, 2) for p in (images, masks))
+    centre = (intrinsics[..., 2:] * size - corner) / side
+    return images, masks, torch.cat([intrinsics[..., :2] * size / side, centre], -1)
+
+
 @torch.no_grad()
 def score_heldout(model, dataset, device, n_samples=96, chunk=8):
-    """Mean PSNR over all held-out views, dB: 10 log10(1 / mean squared error) of each view."""
+    """Mean PSNR over all held-out views, dB: 10 log10(1 / mean squared error) of each view.
+
+    None where no view is held out.
+    """
+    if not dataset.heldout.any():
+        return None
     model.eval()
     psnr = []
     for frame in torch.nonzero(dataset.heldout)[:, 0].split(chunk):
@@ -351,7 +378,7 @@ def score_heldout(model, dataset, device, n_samples=96, chunk=8):
         error = (out["rgb"][:, 0].cpu() - true).square().flatten(1).mean(1)
         psnr.append(-10 * torch.log10(error.clamp(min=1e-10)))
     model.train()
-    return float(torch.cat(psnr).mean()) if psnr else None
+    return float(torch.cat(psnr).mean())
 
 
 def turntable_view(dataset):
@@ -384,7 +411,7 @@ def train_stage1(s, dataset, run, device, source, resume=False):
         same_settings(s, old["settings"], ("data", "decoder", "stage 1"), path)
         if old["names"] != dataset.names:
             raise BadInput(f"{path} was trained on other objects than --data {source}")
-        sample.restore(model, old["model"], path)
+        sample.restore(lambda: model, old["model"], path)
         optimizer.load_state_dict(old["optimizer"])
         set_random_states(generator, old["random"])
         step, seconds, order = old["step"], old["seconds"], old["order"]
@@ -401,9 +428,13 @@ def train_stage1(s, dataset, run, device, source, resume=False):
         k, order = order[:s.objects_per_step], order[s.objects_per_step:]             # (B,)
         size = picture_size(s, step)
         frames = draw_frames(dataset, k, s.views_per_step, generator)                 # (B, V)
-        images, masks = (x.to(device) for x in dataset.batch(frames, size))           # (B, V, ., H, W)
+        images, masks = dataset.batch(frames, size)                                   # (B, V, ., H, W)
+        intrinsics = dataset.intrinsics[frames]                                       # (B, V, 4)
+        if 0 < s.window < size:
+            images, masks, intrinsics = random_windows(images, masks, intrinsics, s.window, generator)
+        images, masks = images.to(device), masks.to(device)
         out = render.render(model(k.to(device)), dataset.cam2world[frames].to(device),
-                            dataset.intrinsics[frames].to(device), size, s.n_samples,
+                            intrinsics.to(device), images.shape[-1], s.n_samples,
                             jitter=generator, extras=False)
         loss = (s.perceptual_weight * autodecoder.pyramid_loss(
                     features, out["rgb"].flatten(0, 1), images.flatten(0, 1))
@@ -465,7 +496,7 @@ def train_stage2(s, run, device, resume=False):
         if old["decoder"] != first["fingerprint"]:
             raise BadInput(f"{path} was trained on another stage 1; run without --resume")
         for module, key in ((model, "model"), (average, "ema")):
-            sample.restore(module, old[key], path)
+            sample.restore(lambda: module, old[key], path)
         optimizer.load_state_dict(old["optimizer"])
         set_random_states(generator, old["random"])
         step, seconds = old["step"], old["seconds"]

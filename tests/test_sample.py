@@ -1,0 +1,292 @@
+"""sample.py: Frechet distances in closed form, checkpoints of strangers, meshes, fair baselines."""
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import sample                                                         # noqa: E402
+import train                                                          # noqa: E402
+from autodecoder import AutoDecoder                                   # noqa: E402
+from data import BadInput                                             # noqa: E402
+
+F64 = torch.float64
+NAMES = ["ann", "bob", "cy"]
+SETTINGS = dataclasses.asdict(train.Settings(
+    embed_dim=8, channels=16, volume_side=16, latent_side=4, decoder_depth=1, decoder_attention=(),
+    unet_channels=8, unet_multipliers=(1, 2), unet_depth=1, unet_attention=(4,)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run's folder as train.py leaves it: both checkpoints of a tiny, untrained run."""
+    torch.manual_seed(0)
+    model = sample.build_autodecoder(SETTINGS, len(NAMES))
+    torch.save(dict(stage=1, settings=SETTINGS, names=NAMES, source="synthetic", fingerprint="f",
+                    view=dict(distance=4.0, elevation=0.3), model=model.state_dict()),
+               tmp_path / "stage1.pt")
+    torch.save(dict(stage=2, settings=SETTINGS, decoder="f", m=torch.tensor(-3.0),
+                    s=torch.tensor(2.0), ema=sample.build_denoiser(SETTINGS).state_dict()),
+               tmp_path / "stage2.pt")
+    return tmp_path
+
+
+def edit(path, **changes):
+    checkpoint = torch.load(path, weights_only=True) | changes
+    torch.save({k: v for k, v in checkpoint.items() if v is not None}, path)
+
+
+def refused(call, *words):
+    with pytest.raises(BadInput) as error:
+        call()
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
+
+
+def exact_features(n, mean, covariance, seed=0):
+    """n feature vectors whose mean and (n - 1) covariance are exactly as asked."""
+    x = torch.randn(n, len(mean), generator=torch.Generator().manual_seed(seed), dtype=F64)
+    x = x - x.mean(0)
+    x = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(x.T)), x.T, upper=False).T
+    return x @ torch.linalg.cholesky(covariance).T + mean
+
+
+# ---- Checkpoints --------------------------------------------------------------------------------
+
+
+def test_a_run_is_rebuilt_with_the_weights_that_were_saved(folder):
+    run = sample.load_run(folder)
+    saved = torch.load(folder / "stage1.pt", weights_only=True)["model"]
+    assert all(torch.equal(v, saved[k]) for k, v in run.autodecoder.state_dict().items())
+    assert run.settings == SETTINGS and run.names == NAMES and run.normalizer.m == -3
+    assert not run.autodecoder.training and not run.denoiser.training
+    assert sample.training_latents(run).shape == (3, 16, 4, 4, 4)
+    torch.testing.assert_close(sample.training_latents(run, chunk=2), sample.training_latents(run))
+    assert sample.decode(run, sample.training_latents(run)).shape == (3, 4, 16, 16, 16)
+
+
+def test_a_missing_checkpoint_is_bad_input_that_says_what_to_run(tmp_path):
+    refused(lambda: sample.load_checkpoint(tmp_path, 2), "stage2.pt", "train.py --stage 2")
+    assert sample.load_checkpoint(tmp_path, 2, missing_ok=True) is None
+
+
+def test_a_truncated_checkpoint_is_bad_input_at_every_length(folder):
+    whole = (folder / "stage1.pt").read_bytes()
+    for share in (0, 0.001, 0.1, 0.5, 0.9, 0.999):
+        (folder / "stage1.pt").write_bytes(whole[:int(len(whole) * share)])
+        refused(lambda: sample.load_checkpoint(folder, 1), "stage1.pt", "cannot be read")
+
+
+@pytest.mark.parametrize("content", [b"not a checkpoint\n", bytes(100), b"PK\x03\x04" + bytes(50),
+                                     b"\x89PNG\r\n\x1a\n" + bytes(30), b"stage: 1\n", b"MMMM"])
+def test_a_file_that_is_no_checkpoint_is_bad_input(tmp_path, content):
+    (tmp_path / "stage1.pt").write_bytes(content)
+    refused(lambda: sample.load_checkpoint(tmp_path, 1), "stage1.pt", "cannot be read")
+
+
+class Attack:
+    def __reduce__(self):
+        return exec, ("import builtins; builtins.attacked = True",)
+
+
+def test_code_inside_a_checkpoint_is_refused_and_never_run(tmp_path):
+    import builtins
+    torch.save({"stage": 1, "settings": Attack()}, tmp_path / "stage1.pt")
+    refused(lambda: sample.load_checkpoint(tmp_path, 1), "stage1.pt", "cannot be read")
+    assert not hasattr(builtins, "attacked")
+
+
+def test_a_checkpoint_of_another_stage_or_kind_is_bad_input(folder):
+    (folder / "stage2.pt").write_bytes((folder / "stage1.pt").read_bytes())
+    refused(lambda: sample.load_checkpoint(folder, 2), "stage2.pt", "stage 1, not 2")
+    torch.save(torch.zeros(3), folder / "stage2.pt")
+    refused(lambda: sample.load_checkpoint(folder, 2), "stage2.pt", "not 2")
+
+
+def test_weights_that_do_not_fit_the_settings_are_bad_input(folder):
+    model = sample.build_autodecoder(SETTINGS, len(NAMES))
+    state = model.state_dict()
+    wrong = [state | {"linear.bias": torch.zeros(7)}, {"unknown": torch.zeros(1)}, {}, [1, 2],
+             sample.build_autodecoder(SETTINGS, 4).state_dict()]
+    for bad in wrong:
+        refused(lambda: sample.restore(lambda: model, bad, "x/stage1.pt"), "x/stage1.pt", "not fit")
+    assert sample.restore(lambda: model, state, "x/stage1.pt") is model
+    edit(folder / "stage1.pt", names=NAMES + ["dee"])
+    refused(lambda: sample.load_run(folder), "stage1.pt", "does not fit")
+
+
+@pytest.mark.parametrize("stage, key", [(1, "settings"), (1, "model"), (1, "names"), (2, "ema"),
+                                        (2, "m"), (2, "decoder")])
+def test_a_checkpoint_without_one_of_its_parts_is_bad_input(folder, stage, key):
+    edit(folder / f"stage{stage}.pt", **{key: None})
+    refused(lambda: sample.load_run(folder), f"stage{stage}.pt")
+
+
+def test_a_stage_2_of_another_stage_1_is_bad_input(folder):
+    edit(folder / "stage1.pt", fingerprint="g")
+    refused(lambda: sample.load_run(folder), "stage2.pt", "--stage 2")
+    assert not hasattr(sample.load_run(folder, stages=(1,)), "denoiser")
+
+
+def test_a_device_that_is_not_there_is_bad_input():
+    refused(lambda: sample.choose_device("gpu"), "--device gpu", "--device cpu")
+    assert sample.choose_device("cpu") == "cpu"
+
+
+# ---- Generating ---------------------------------------------------------------------------------
+
+
+def test_sample_i_depends_on_seed_and_i_only(folder):
+    run = sample.load_run(folder)
+    few, many = sample.latent_noise(run, 2, 7), sample.latent_noise(run, 5, 7)
+    assert few.shape == (2, 16, 4, 4, 4) and torch.equal(few, many[:2])
+    everything = torch.cat([many] + [sample.latent_noise(run, 5, seed) for seed in (0, 1, 8)])
+    distance = torch.cdist(everything.flatten(1), everything.flatten(1)) + 1e9 * torch.eye(20)
+    assert distance.min() > 30                                # sqrt(2 x 1024) apart: all different
+    assert many.std().item() == pytest.approx(1, abs=0.05)
+    apart = sample.sample_latents(run, many, 4, chunk=2)
+    torch.testing.assert_close(apart, sample.sample_latents(run, many, 4), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(apart[:2], sample.sample_latents(run, few, 4), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("churn", [0.0, 40.0])
+def test_samples_of_an_untrained_denoiser_are_the_gaussian_it_assumes_denormalized(folder, churn):
+    """D = c_skip x is exact for N(0, 0.5^2), so latents are m + 0.5 s / scale N(0, 1)."""
+    run = sample.load_run(folder)
+    run.normalizer.scale = 0.8
+    x = sample.sample_latents(run, sample.latent_noise(run, 8, 0), steps=64, churn=churn)
+    assert x.dtype == torch.float32 and x.mean().item() == pytest.approx(-3, abs=0.05)
+    assert x.std().item() == pytest.approx(0.5 * 2.0 / 0.8, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["fitted", "normal"])
+def test_direct_latents_have_the_covariance_that_they_promise(kind):
+    """With the linear layer as the identity and G1 nothing else, a latent IS its embedding."""
+    model = AutoDecoder(7, embed_dim=8, channels=1, start_side=2, volume_side=4, latent_side=2)
+    e = exact_features(7, torch.arange(4, dtype=F64), torch.diag(torch.tensor([4.0, 1, 9, 0.25],
+                                                                              dtype=F64)))
+    e = torch.cat([e, e @ torch.full((4, 4), 0.5, dtype=F64)], 1).float()          # rank 4 of 8
+    with torch.no_grad():
+        model.linear.weight.copy_(torch.eye(8))
+        model.linear.bias.zero_()
+        model.embedding.weight.copy_(e)
+    run = SimpleNamespace(autodecoder=model, names=list("abcdefg"), device="cpu")
+    draws = sample.direct_latents(run, 40_000, 3, kind).flatten(1)
+    mean, covariance = torch.zeros(8), torch.eye(8)
+    if kind == "fitted":
+        mean, covariance = e.mean(0), e.T.cov()
+    scale = covariance.diagonal().sqrt()
+    torch.testing.assert_close(draws.mean(0) / scale, mean / scale, rtol=0, atol=0.025)
+    torch.testing.assert_close(draws.T.cov() / scale / scale[:, None],
+                               covariance / scale / scale[:, None], rtol=0, atol=0.04)
+    assert torch.equal(draws, sample.direct_latents(run, 40_000, 3, kind).flatten(1))
+
+
+def test_turntable_views_are_in_order_whatever_the_batches(folder):
+    run = sample.load_run(folder)
+    volumes = torch.zeros(18, 4, 8, 8, 8)
+    volumes[:, 0, :, :, 6:], volumes[:, 1:] = 50, torch.rand(18, 3, 1, 1, 1)     # on the right, +x
+    together = sample.render_views(run, volumes, [0.0, math.pi, 1.0], 8, extras=True)
+    assert together["rgb"].shape == (18, 3, 3, 8, 8) and together["depth"].shape == (18, 3, 1, 8, 8)
+    for i, v, azimuth in [(0, 0, 0.0), (17, 0, 0.0), (17, 2, 1.0), (3, 1, math.pi)]:
+        alone = sample.render_views(run, volumes[i:i + 1], [azimuth], 8)["rgb"]
+        torch.testing.assert_close(together["rgb"][i, v], alone[0, 0])
+    half = together["occupancy"][:, :, 0, :, 4:].sum((2, 3)) > together["occupancy"][
+        :, :, 0, :, :4].sum((2, 3))
+    assert half[:, 0].all() and not half[:, 1].any()          # seen from behind: left
+
+
+def test_the_nearest_training_object_of_a_copy_is_its_original(folder):
+    run = sample.load_run(folder)
+    volumes = torch.rand(3, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    index, distance = sample.nearest_training(run, volumes[[2, 0]] * 1.001, volumes)
+    assert index.tolist() == [2, 0] and distance.max() < 0.01
+    red, green = (torch.tensor([50.0, *rgb]).view(1, 4, 1, 1, 1).expand(1, 4, 8, 8, 8)
+                  for rgb in ((1, 0, 0), (0, 1, 0)))
+    _, distance = sample.nearest_training(run, red, green)
+    assert 0.1 < distance.item() < (2 / 3)**0.5             # most: all off by (1, -1, 0)
+
+
+# ---- Frechet distance ---------------------------------------------------------------------------
+
+
+def test_frechet_distance_of_gaussians_is_its_closed_form():
+    zero = torch.zeros(3, dtype=F64)
+    a = exact_features(50, zero, torch.diag(torch.tensor([1.0, 4, 9], dtype=F64)))
+    b = exact_features(80, zero + 2, torch.diag(torch.tensor([4.0, 4, 1], dtype=F64)), seed=1)
+    # Diagonal: |mean|^2 + sum (sqrt a - sqrt b)^2 = 12 + 1 + 0 + 4.
+    assert sample.frechet_distance(a, b) == pytest.approx(17, rel=1e-10)
+    assert sample.frechet_distance(b, a) == pytest.approx(17, rel=1e-10)
+    A, B = (torch.tensor(m, dtype=F64) for m in ([[2, 1], [1, 3]], [[1, -0.5], [-0.5, 4]]))
+    root = math.sqrt((A @ B).trace() + 2 * math.sqrt(A.det() * B.det()))   # tr sqrt(A B), 2 x 2
+    a, b = exact_features(9, zero[:2], A), exact_features(30, zero[:2], B, seed=1)
+    assert sample.frechet_distance(a, b) == pytest.approx(5 + 5 - 2 * root, rel=1e-10)
+
+
+def test_frechet_distance_to_itself_is_zero_even_with_fewer_pictures_than_features():
+    x = torch.randn(10, 40, generator=torch.Generator().manual_seed(0))
+    assert sample.frechet_distance(x, x[torch.randperm(10)]) == pytest.approx(0, abs=1e-5)
+    assert sample.frechet_distance(x, x + 1) == pytest.approx(40, rel=1e-6)
+    for a, b in [(x, x[:, :3]), (x[:1], x), (x[0], x)]:
+        with pytest.raises(ValueError, match="features"):
+            sample.frechet_distance(a, b)
+
+
+def test_image_features_tell_pictures_apart_but_not_chunks():
+    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    features = sample.image_features(images)
+    assert features.shape == (5, 240)
+    torch.testing.assert_close(sample.image_features(images, chunk=2), features)
+    assert torch.pdist(features).min() > 1e-3
+
+
+# ---- Figures ------------------------------------------------------------------------------------
+
+
+def test_pictures_are_white_where_there_is_nothing_and_normals_are_colours():
+    occupancy = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)
+    out = dict(rgb=torch.tensor([0.0, 0.3]).expand(1, 3, 1, 2), occupancy=occupancy,
+               depth=torch.tensor([0.0, 2.0]).view(1, 1, 1, 2),
+               normal=torch.tensor([[0, 0.0], [0, 1], [0, -1]]).view(1, 3, 1, 2))
+    assert sample.on_white(out)[0, 0, 0].tolist() == pytest.approx([1, 0.3])
+    assert sample.depth_picture(out)[0, :, 0, 0].tolist() == [1, 1, 1]
+    assert sample.normal_picture(out)[0, :, 0].tolist() == [[1, 0.5], [1, 1], [1, 0]]
+    assert sample.to_uint8(torch.tensor([-1, 0.5, 2.0]).view(3, 1, 1)).tolist() == [[[0, 128, 255]]]
+
+
+# ---- Meshes -------------------------------------------------------------------------------------
+
+
+def test_a_mesh_without_scikit_image_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)         # as where it was never installed
+    monkeypatch.setitem(sys.modules, "skimage.measure", None)
+    refused(lambda: sample.save_mesh(tmp_path / "m.ply", torch.zeros(4, 8, 8, 8)),
+            "pip install scikit-image")
+    assert not (tmp_path / "m.ply").exists()
+
+
+def test_the_mesh_of_a_ball_has_its_place_volume_colour_and_faces_outward(tmp_path):
+    pytest.importorskip("skimage")
+    c = (2 * torch.arange(32) + 1) / 32 - 1
+    z, y, x = torch.meshgrid(c, c, c, indexing="ij")
+    centre, R = torch.tensor([0.3, -0.2, 0.1]), 0.5
+    r = torch.stack([x, y, z], -1).sub(centre).norm(dim=-1)
+    volume = torch.zeros(4, 32, 32, 32)
+    volume[0] = ((R - r) * 16 + 0.5).clamp(0, 1) * 2 * math.log(2) * 16    # half of it at r = R
+    volume[1:, r < R + 0.05] = torch.tensor([[1.0], [0.5], [0.0]])
+    sample.save_mesh(tmp_path / "m.ply", volume)
+    lines = (tmp_path / "m.ply").read_text().splitlines()
+    n = int(next(line for line in lines if "vertex" in line).split()[-1])
+    start = lines.index("end_header") + 1
+    rows = torch.tensor([[float(v) for v in line.split()] for line in lines[start:start + n]])
+    faces = torch.tensor([[int(v) for v in line.split()] for line in lines[start + n:]])[:, 1:]
+    assert (rows[:, :3] - centre).norm(dim=1).sub(R).abs().max() < 0.02
+    a, b, c = rows[:, :3][faces].unbind(1)
+    inside = (torch.linalg.cross(a, b) * c).sum() / 6         # negative if the faces look inward
+    assert inside.item() == pytest.approx(4 / 3 * math.pi * R**3, rel=0.02)
+    assert (rows[:, 3:] - torch.tensor([255, 127.5, 0])).abs().max() <= 2
+    refused(lambda: sample.save_mesh(tmp_path / "e.ply", torch.zeros(4, 8, 8, 8)), "empty")
+    assert not (tmp_path / "e.ply").exists()
