@@ -16,10 +16,13 @@ Simplified: rigid objects only; no LPIPS. The skinning channels of the paper are
 Read next: normalize.py
 """
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from data import BadInput
 
 # ---- Embeddings: one row per object, or hashed pieces (Eq. 9 to 11) -----------------------------
 
@@ -190,7 +193,7 @@ class AutoDecoder(nn.Module):
         for level in self.levels[self.sides.index(self.latent_side):]:
             x = level(x)
         x = self.head(x)
-        # OURS: density in units of "optical thickness 1 per voxel", so that one network output means
+        # OURS: density in units of "optical thickness 1 per voxel", so that a network output means
         # the same opacity at 32^3 and 128^3; it starts as thin fog (softplus(-3) = 0.05 a voxel).
         density = F.softplus(x[:, :1] - 3) * (self.volume_side / 2)
         return torch.cat([density, torch.sigmoid(x[:, 1:])], 1)
@@ -279,6 +282,28 @@ class RandomFeatures(nn.Module):
 def pixels_and_gradients(image):
     """The picture, and its differences between neighbours. (B, 3, H, W) -> list of three."""
     return [image, image.diff(dim=-1), image.diff(dim=-2)]
+
+
+def build_features(name, device):
+    """The f of Eq. 1, by name or from a file of VGG-19 weights."""
+    if name == "pixels":
+        return lambda image: [image]
+    if name == "gradients":
+        return pixels_and_gradients
+    if name == "random":
+        return RandomFeatures().requires_grad_(False).to(device)
+    path = Path(name)
+    if not path.is_file():
+        raise BadInput(f"--perceptual {name}: not pixels, gradients, random, nor a file; VGG-19 "
+                       f"weights are torchvision's {VGG19_FILE}")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        return VGG19Features(weights).requires_grad_(False).to(device)
+    except ValueError as error:
+        raise BadInput(f"--perceptual {name}: {error}") from None
+    except Exception as error:               # the unpickler of a damaged file raises anything
+        raise BadInput(f"--perceptual {name}: not a file of weights ({type(error).__name__}); "
+                       f"expected torchvision's {VGG19_FILE}") from None
 
 
 def pyramid_loss(features, rendered, true, levels=3):

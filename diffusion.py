@@ -49,7 +49,7 @@ class UNetBlock(nn.Module):
 
     def forward(self, x, emb):
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
-        scale, shift = self.affine(emb)[..., None, None, None].chunk(2, 1)      # (B, c_out, 1, 1, 1)
+        scale, shift = self.affine(emb)[..., None, None, None].chunk(2, 1)     # (B, c_out, 1, 1, 1)
         h = F.silu(self.norm2(h) * (1 + scale) + shift)       # the noise level steers every channel
         return self.skip(self.resample(x)) + self.conv2(self.dropout(h))
 
@@ -196,7 +196,7 @@ class Denoiser(nn.Module):
                            context_dim, transformer_depth, dropout)
 
     def forward(self, x, sigma, context=None, mask=None):
-        """x (B, C, D, H, W), sigma scalar or (B,) > 0, context (B, T, context_dim) or None -> as x."""
+        """x (B, C, D, H, W), sigma scalar or (B,), context (B, T, context_dim) or None -> as x."""
         if x.ndim != 5:
             raise ValueError(f"x must be (B, C, D, H, W), got {tuple(x.shape)}")
         if (context is not None) != bool(self.context_dim):

@@ -10,7 +10,8 @@ Conventions, for the whole project; each is held by a test in tests/test_render.
                the camera looks along its own -z, as in OpenGL, Blender and NeRF
   intrinsics   (fx, fy, cx, cy) as fractions of the picture's side, so one camera serves every
                resolution; in pixels of an S x S picture, multiply by S
-  pixels       row 0 on top, centres at half integers: pixel (i, j) is at v = (i + .5)/S, u = (j + .5)/S
+  pixels       row 0 on top, centres at half integers: pixel (i, j) is at v = (i + .5)/S and
+               u = (j + .5)/S
   volumes      stored (C, D, H, W) = (channel, z, y, x); channel 0 density >= 0 per world unit,
                channels 1..3 colour in [0, 1]; voxel (k, j, i) of a side-N volume has its centre at
                x = (2 i + 1)/N - 1 and so on (grid_sample's align_corners=False: the outer voxels
@@ -37,7 +38,7 @@ def orbit(azimuth, elevation, distance):
     distance           float or (...,), world units
     returns            (..., 4, 4)
     """
-    azimuth, elevation = torch.broadcast_tensors(torch.as_tensor(azimuth), torch.as_tensor(elevation))
+    azimuth, elevation = torch.broadcast_tensors(*map(torch.as_tensor, (azimuth, elevation)))
     back = torch.stack([azimuth.sin() * elevation.cos(), elevation.sin(),
                         azimuth.cos() * elevation.cos()], -1)              # (..., 3) camera's +z
     right = torch.stack([azimuth.cos(), torch.zeros_like(azimuth), -azimuth.sin()], -1)
@@ -79,6 +80,23 @@ def project(points, cam2world, intrinsics):
     x, y, z = ((points - t) @ R).unbind(-1)                 # row vectors, so @ R is R^T (p - t)
     fx, fy, cx, cy = intrinsics[..., None, :].unbind(-1)
     return torch.stack([cx - fx * x / z, cy + fy * y / z], -1), -z
+
+
+def random_windows(images, masks, intrinsics, side, generator):
+    """A random side x side window of every picture (B, V, C, H, W), as a picture of its own.
+
+    OURS: a window is a camera with other intrinsics, so full resolution costs what `side` costs,
+    and Eq. 1 still sees neighbouring pixels, as it would not with scattered rays.
+    returns images, masks (B, V, C, side, side), intrinsics (B, V, 4)
+    """
+    B, V, _, size, _ = images.shape
+    corner = torch.randint(size - side + 1, (B, V, 2), generator=generator)       # x, y
+    b, v = torch.arange(B)[:, None, None, None], torch.arange(V)[:, None, None]
+    x = (corner[..., 0, None] + torch.arange(side))[:, :, None, :]                # (B, V, 1, side)
+    y = (corner[..., 1, None] + torch.arange(side))[:, :, :, None]                # (B, V, side, 1)
+    images, masks = (p[b, v, :, y, x].movedim(-1, 2) for p in (images, masks))
+    centre = (intrinsics[..., 2:] * size - corner) / side
+    return images, masks, torch.cat([intrinsics[..., :2] * size / side, centre], -1)
 
 
 # ---- Eq. 6 and 7: along one ray -----------------------------------------------------------------

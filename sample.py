@@ -13,6 +13,7 @@ Shapes: B objects, V views, n samples, C channels, H = W side of a picture.
 Simplified: Frechet distances use a fixed random network in place of Inception.
 Read next: train.py
 """
+import hashlib
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,19 +136,26 @@ def training_latents(run, chunk=64):
 
 def sample_latents(run, noise, steps=64, churn=0.0, seed=0, watch=None, chunk=64):
     """Noise (n, C, D, H, W), unit normal -> latents F of new objects, ready for decode_volume."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed, "churn")
     parts = [edm_sampler(run.denoiser, part.to(run.device), steps, S_churn=churn, S_min=0.05,
                          S_max=50.0, S_noise=1.003, generator=generator, watch=watch)
              for part in noise.split(chunk)]
     return run.normalizer.denormalize(torch.cat(parts).float())
 
 
+def stream(seed, name):
+    """A generator for one use of a seed. TRAP: with plain manual_seed(seed), "e ~ N(0, I)" repeated
+    the very numbers that the embeddings had been initialised with, and decoded to training objects.
+    """
+    digest = hashlib.sha256(f"{name} {seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
 def latent_noise(run, n, seed):
     """(n, C, D, H, W) unit normal noise of the latents' shape; sample i depends on seed and i."""
     side, channels = run.autodecoder.latent_side, run.autodecoder.latent_channels
-    return torch.stack([torch.randn(channels, side, side, side,
-                                    generator=torch.Generator().manual_seed(seed * 100_003 + i))
-                        for i in range(n)])
+    shape = (channels, side, side, side)
+    return torch.stack([torch.randn(shape, generator=stream(seed, f"noise {i}")) for i in range(n)])
 
 
 @torch.no_grad()
@@ -157,7 +165,7 @@ def direct_latents(run, n, seed, kind):
     kind "normal": e ~ N(0, I), what the embeddings started as
     kind "fitted": e ~ N(mean, covariance) of the trained embeddings (the predecessor whitens them)
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed, f"direct {kind}")
     k = torch.arange(len(run.names), device=run.device)
     e = run.autodecoder.embed(k)                                             # (N, 1024)
     if kind == "normal":
@@ -174,7 +182,7 @@ def direct_latents(run, n, seed, kind):
 def render_views(run, volumes, azimuths, size, elevation=None, extras=False, n_samples=96):
     """Pictures of volumes (B, 4, D, H, W) from a turntable of V azimuths (radians).
 
-    returns render.render's dict, (B, V, C, size, size), on the CPU; one view at a time, to stay small
+    returns render.render's dict, (B, V, C, size, size), on the CPU; one view at a time saves memory
     """
     elevation = run.view["elevation"] if elevation is None else elevation
     distance = run.view["distance"]
@@ -302,8 +310,10 @@ def tile(rows):
 
 
 def save_sheet(path, rows, labels, title=""):
-    """Writes labelled rows of pictures, each (n, 3, H, W), as one PNG."""
+    """Writes labelled rows of pictures, each (n, 3, H, W), as one PNG; small ones are enlarged."""
     picture = tile(rows)
+    zoom = max(1, round(96 / rows[0].shape[-1]))
+    picture = picture.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
     height, width = picture.shape[1:]
     figure, axis = plt.subplots(figsize=(width / 100 + 1.3, height / 100 + 0.4), dpi=100)
     axis.imshow(to_uint8(picture), interpolation="nearest")
@@ -382,7 +392,7 @@ def save_noise_strip(path, run, n=4, steps=32, seed=0, columns=8):
             shown.append(on_white(render_views(run, volumes, [0.6], 80))[:, 0])
 
     sample_latents(run, latent_noise(run, n, seed), steps, seed=seed, watch=watch)
-    strip = torch.stack(shown, 1)                                             # (n, columns, 3, H, W)
+    strip = torch.stack(shown, 1)                                            # (n, columns, 3, H, W)
     save_sheet(path, list(strip), [f"seed {seed}, {i}" for i in range(n)],
                "denoised estimates at sigma = " + ", ".join(f"{s:.2g}" for s in sigmas))
 

@@ -1,4 +1,4 @@
-"""Photos go in; a trained decoder (stage 1), a trained diffusion model (stage 2) and pictures come out.
+"""Photos go in; a trained decoder (stage 1) and diffusion model (stage 2) and pictures come out.
 
     python train.py                      both stages and a first sampling, built-in objects, minutes
     python train.py --stage 1 --data PHOTOS
@@ -20,6 +20,7 @@ import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import torch
@@ -128,7 +129,7 @@ def parse(arguments=None):
     """Command line -> (args, Settings): a preset's values, then the flags that were given."""
     parser = data.Parser(description=__doc__.splitlines()[0], argument_default=None)
     add = parser.add_argument
-    add("--stage", type=int, choices=[1, 2], help="train one stage only (default: both, then sample)")
+    add("--stage", type=int, choices=[1, 2], help="one stage only (default: both, then sample)")
     add("--data", default="synthetic", help="'synthetic' or a folder of photos (%(default)s)")
     add("--preset", default="tiny", choices=PRESETS, help="%(choices)s (%(default)s)")
     add("--out", help="the run's folder (default: runs/PRESET-DATA)")
@@ -202,7 +203,7 @@ def fingerprint(model):
 
 
 def random_states(generator):
-    """All that randomness comes from: restored by set_random_states, a run goes on with its bits."""
+    """Where randomness comes from: after set_random_states a run goes on with the same bits."""
     return {"generator": generator.get_state(), "global": torch.get_rng_state()}
 
 
@@ -244,7 +245,7 @@ def plot_log(run):
     for axis, stage, key in zip(axes, "112", ("loss", "psnr", "loss")):
         points = [(int(r["step"]), float(r[key])) for r in rows if r["stage"] == stage and r[key]]
         axis.plot(*zip(*points) if points else ((), ()))
-        axis.set_title(f"stage {stage}: " + ("psnr of training views, dB" if key == "psnr" else key))
+        axis.set_title(f"stage {stage}: {'psnr of training views, dB' if key == 'psnr' else key}")
         axis.set_xlabel("step")
     figure.savefig(run / "loss.png", dpi=90)
     plt.close(figure)
@@ -300,28 +301,6 @@ class Progress:
 # ---- Stage 1: the autodecoder (Sec. 3.2) --------------------------------------------------------
 
 
-def build_features(name):
-    """The f of Eq. 1, by name or from a file of VGG-19 weights."""
-    if name == "pixels":
-        return lambda image: [image]
-    if name == "gradients":
-        return autodecoder.pixels_and_gradients
-    if name == "random":
-        return autodecoder.RandomFeatures().requires_grad_(False)
-    path = Path(name)
-    if not path.is_file():
-        raise BadInput(f"--perceptual {name}: not pixels, gradients, random, nor a file; VGG-19 "
-                       f"weights are torchvision's {autodecoder.VGG19_FILE}")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        return autodecoder.VGG19Features(weights).requires_grad_(False)
-    except ValueError as error:
-        raise BadInput(f"--perceptual {name}: {error}") from None
-    except Exception as error:               # the unpickler of a damaged file raises anything
-        raise BadInput(f"--perceptual {name}: not a file of weights ({type(error).__name__}); "
-                       f"expected torchvision's {autodecoder.VGG19_FILE}") from None
-
-
 def picture_size(settings, step):
     """Side of the pictures at a step: coarse first, so that the first steps cost little."""
     # OURS: 16, then 32, then 64 pixels. A 16 x 16 step costs a quarter of a 64 x 64 one.
@@ -339,23 +318,6 @@ def draw_frames(dataset, k, views, generator):
         # An object with fewer views than asked for shows some of them twice.
         rows.append(frames[pick.repeat(math.ceil(views / len(frames)))[:views]])
     return torch.stack(rows)
-
-
-def random_windows(images, masks, intrinsics, side, generator):
-    """A random side x side window of every picture (B, V, C, H, W), as a picture of its own.
-
-    OURS: a window is a camera with other intrinsics, so full resolution costs what `side` costs,
-    and Eq. 1 still sees neighbouring pixels, as it would not with scattered rays.
-    returns images, masks (B, V, C, side, side), intrinsics (B, V, 4)
-    """
-    B, V, _, size, _ = images.shape
-    corner = torch.randint(size - side + 1, (B, V, 2), generator=generator)       # x, y
-    b, v = torch.arange(B)[:, None, None, None], torch.arange(V)[:, None, None]
-    x = (corner[..., 0, None] + torch.arange(side))[:, :, None, :]                # (B, V, 1, side)
-    y = (corner[..., 1, None] + torch.arange(side))[:, :, :, None]                # (B, V, side, 1)
-    images, masks = (p[b, v, :, y, x].movedim(-1, 2) for p in (images, masks))
-    centre = (intrinsics[..., 2:] * size - corner) / side
-    return images, masks, torch.cat([intrinsics[..., :2] * size / side, centre], -1)
 
 
 @torch.no_grad()
@@ -390,142 +352,165 @@ def turntable_view(dataset):
             "elevation": float(elevation.clamp(0.1, 0.6))}
 
 
-def train_stage1(s, dataset, run, device, source, resume=False):
-    """Learns decoder and embeddings from photos; writes stage1.pt, log, figures -> the model.
+def start_stage1(s, dataset, run, device, source, resume):
+    """Model, optimizer and random numbers as they are before the first step, or as they were saved.
 
-    s Settings, dataset data.Dataset, run the folder (Path), source what --data said
+    returns a namespace: model, optimizer, generator, step, seconds, order (objects still to come)
     """
-    torch.manual_seed(s.seed)
-    generator = torch.Generator().manual_seed(s.seed)
-    features = build_features(s.perceptual)
-    if isinstance(features, torch.nn.Module):
-        features = features.to(device)
+    torch.manual_seed(s.seed)                             # initial weights
     model = sample.build_autodecoder(dataclasses.asdict(s), dataset.n_objects).to(device)
-    # PAPER: Adam with betas (0.5, 0.999), linear decay.
-    optimizer = torch.optim.Adam(model.parameters(), s.lr_stage1, betas=(0.5, 0.999),
-                                 fused=True)          # one pass over the weights: 10 x faster
-    path, step, seconds = run / "stage1.pt", 0, 0.0
-    order = torch.empty(0, dtype=torch.int64)             # objects still to come in this epoch
+    # PAPER: Adam with betas (0.5, 0.999). OURS: fused, one pass over the weights, 5 x faster here.
+    at = SimpleNamespace(
+        model=model, generator=sample.stream(s.seed, "stage 1"), step=0, seconds=0.0,
+        optimizer=torch.optim.Adam(model.parameters(), s.lr_stage1, betas=(0.5, 0.999), fused=True),
+        order=torch.empty(0, dtype=torch.int64))
+    path = run / "stage1.pt"
     old = sample.load_checkpoint(run, 1, missing_ok=True) if resume else None
     if old:
         same_settings(s, old["settings"], ("data", "decoder", "stage 1"), path)
         if old["names"] != dataset.names:
             raise BadInput(f"{path} was trained on other objects than --data {source}")
         sample.restore(lambda: model, old["model"], path)
-        optimizer.load_state_dict(old["optimizer"])
-        set_random_states(generator, old["random"])
-        step, seconds, order = old["step"], old["seconds"], old["order"]
+        at.optimizer.load_state_dict(old["optimizer"])
+        set_random_states(at.generator, old["random"])
+        at.step, at.seconds, at.order = old["step"], old["seconds"], old["order"]
     elif path.exists():
         os.replace(path, path.with_suffix(".old"))        # nothing is lost
-    log = Progress(run, 1, step, s.steps_stage1, s.log_every)
+    return at
+
+
+def save_stage1(s, at, dataset, run, source):
+    """Everything that going on, stage 2 and sampling need."""
+    save(run / "stage1.pt", {
+        "stage": 1, "step": at.step, "settings": dataclasses.asdict(s), "source": source,
+        "names": dataset.names, "captions": dataset.captions, "view": turntable_view(dataset),
+        "seconds": at.seconds, "model": at.model.state_dict(),
+        "optimizer": at.optimizer.state_dict(), "order": at.order,
+        "random": random_states(at.generator), "fingerprint": fingerprint(at.model)})
+
+
+def train_stage1(s, dataset, run, device, source, resume=False):
+    """Learns decoder and embeddings from photos; writes stage1.pt, log and figures.
+
+    s Settings, dataset data.Dataset, run the folder (Path), source what --data said
+    """
+    features = autodecoder.build_features(s.perceptual, device)
+    at = start_stage1(s, dataset, run, device, source, resume)
+    log = Progress(run, 1, at.step, s.steps_stage1, s.log_every)
     shown = torch.linspace(0, dataset.n_objects - 1, min(8, dataset.n_objects)).long().tolist()
-    began = time.time() - seconds
-    while step < s.steps_stage1:
-        for group in optimizer.param_groups:
-            group["lr"] = s.lr_stage1 * (1 - step / s.steps_stage1)
-        if len(order) < min(s.objects_per_step, dataset.n_objects):
-            order = torch.randperm(dataset.n_objects, generator=generator)
-        k, order = order[:s.objects_per_step], order[s.objects_per_step:]             # (B,)
-        size = picture_size(s, step)
-        frames = draw_frames(dataset, k, s.views_per_step, generator)                 # (B, V)
-        images, masks = dataset.batch(frames, size)                                   # (B, V, ., H, W)
+    began = time.time() - at.seconds
+    while at.step < s.steps_stage1:
+        for group in at.optimizer.param_groups:           # PAPER: linear decay
+            group["lr"] = s.lr_stage1 * (1 - at.step / s.steps_stage1)
+        if len(at.order) < min(s.objects_per_step, dataset.n_objects):
+            at.order = torch.randperm(dataset.n_objects, generator=at.generator)
+        k, at.order = at.order[:s.objects_per_step], at.order[s.objects_per_step:]    # (B,)
+        frames = draw_frames(dataset, k, s.views_per_step, at.generator)              # (B, V)
+        images, masks = dataset.batch(frames, picture_size(s, at.step))           # (B, V, ., H, W)
         intrinsics = dataset.intrinsics[frames]                                       # (B, V, 4)
-        if 0 < s.window < size:
-            images, masks, intrinsics = random_windows(images, masks, intrinsics, s.window, generator)
+        if 0 < s.window < images.shape[-1]:
+            images, masks, intrinsics = render.random_windows(
+                images, masks, intrinsics, s.window, at.generator)
         images, masks = images.to(device), masks.to(device)
-        out = render.render(model(k.to(device)), dataset.cam2world[frames].to(device),
+        out = render.render(at.model(k.to(device)), dataset.cam2world[frames].to(device),
                             intrinsics.to(device), images.shape[-1], s.n_samples,
-                            jitter=generator, extras=False)
+                            jitter=at.generator, extras=False)
         loss = (s.perceptual_weight * autodecoder.pyramid_loss(
                     features, out["rgb"].flatten(0, 1), images.flatten(0, 1))
                 + s.foreground_weight * autodecoder.foreground_loss(out["occupancy"], masks))
-        optimizer.zero_grad()
+        at.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        step += 1
-        log(step, loss.item(), (out["rgb"].detach() - images).square().mean().item(), size)
-        if step % s.save_every == 0 or step == s.steps_stage1:
-            save(path, {"stage": 1, "step": step, "settings": dataclasses.asdict(s),
-                        "source": source, "names": dataset.names, "captions": dataset.captions,
-                        "view": turntable_view(dataset), "seconds": time.time() - began,
-                        "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                        "order": order, "random": random_states(generator),
-                        "fingerprint": fingerprint(model)})
-            viewer = sample.SimpleNamespace(autodecoder=model, device=device)
+        at.optimizer.step()
+        at.step, at.seconds = at.step + 1, time.time() - began
+        log(at.step, loss.item(), (out["rgb"].detach() - images).square().mean().item(),
+            images.shape[-1])
+        if at.step % s.save_every == 0 or at.step == s.steps_stage1:
+            save_stage1(s, at, dataset, run, source)
+            viewer = SimpleNamespace(autodecoder=at.model, device=device)
             sample.save_training_sheet(run / "training.png", viewer, dataset, shown,
-                                       f"training views after {step} steps")
+                                       f"training views after {at.step} steps")
             plot_log(run)
-    add_metrics(run, s, seconds_stage1=round(time.time() - began, 1), steps_stage1=step)
-    psnr = score_heldout(model, dataset, device)
+    add_metrics(run, s, seconds_stage1=round(at.seconds, 1), steps_stage1=at.step)
+    psnr = score_heldout(at.model, dataset, device)
     if psnr is not None:
         add_metrics(run, s, psnr_heldout=round(psnr, 3))
         print(f"stage 1 | held-out views: {psnr:.2f} dB PSNR over {int(dataset.heldout.sum())}")
-    return model
 
 
 # ---- Stage 2: diffusion on latents (Sec. 3.3) ---------------------------------------------------
+
+
+def start_stage2(s, run, device, resume):
+    """Denoiser, its average, normalized latents and optimizer, new or as they were saved.
+
+    The latents are those of RUN/stage1.pt, whose data and decoder settings replace those of s.
+    returns s and a namespace: model, average, optimizer, generator, normalizer, latents, step, ...
+    """
+    first = sample.load_checkpoint(run, 1)
+    decoder = sample.load_run(run, device, stages=(1,))
+    s = dataclasses.replace(s, **{f.name: first["settings"][f.name]
+                                  for f in dataclasses.fields(Settings)
+                                  if f.metadata["group"] in ("data", "decoder", "stage 1")})
+    if len(decoder.names) < 2:
+        raise BadInput("stage 2 learns a distribution of objects; one object has none. Use "
+                       "--stage 1 alone, or --data with more objects")
+    latents = sample.training_latents(decoder)                               # (N, C, d, d, d)
+    normalizer = sample.build_normalizer(dataclasses.asdict(s)).fit(latents)
+    sample.save_latent_histogram(run / "latents.png", latents)
+    torch.manual_seed(s.seed)
+    model, average = (sample.build_denoiser(dataclasses.asdict(s)).to(device) for _ in range(2))
+    average.requires_grad_(False).load_state_dict(model.state_dict())
+    at = SimpleNamespace(
+        model=model, average=average, normalizer=normalizer, latents=normalizer.normalize(latents),
+        generator=sample.stream(s.seed, "stage 2"), step=0, seconds=0.0,
+        optimizer=torch.optim.Adam(model.parameters(), s.lr_stage2, fused=True),
+        decoder=first["fingerprint"])
+    path = run / "stage2.pt"
+    old = sample.load_checkpoint(run, 2, missing_ok=True) if resume else None
+    if old:
+        same_settings(s, old["settings"], ("stage 2",), path)
+        if old["decoder"] != at.decoder:
+            raise BadInput(f"{path} was trained on another stage 1; run without --resume")
+        sample.restore(lambda: model, old["model"], path)
+        sample.restore(lambda: average, old["ema"], path)
+        at.optimizer.load_state_dict(old["optimizer"])
+        set_random_states(at.generator, old["random"])
+        at.step, at.seconds = old["step"], old["seconds"]
+    elif path.exists():
+        os.replace(path, path.with_suffix(".old"))
+    return s, at
 
 
 def train_stage2(s, run, device, resume=False):
     """Learns the distribution of the latents of RUN/stage1.pt; writes stage2.pt, log, figures."""
     if s.context_dim:
         raise BadInput("text conditioning (--context-dim) is not built yet; use --context-dim 0")
-    torch.manual_seed(s.seed + 1)
-    generator = torch.Generator().manual_seed(s.seed + 1)
-    first = sample.load_checkpoint(run, 1)
-    decoder = sample.load_run(run, device, stages=(1,))
-    s = dataclasses.replace(s, **{f.name: first["settings"][f.name]
-                                  for f in dataclasses.fields(Settings)
-                                  if f.metadata["group"] in ("data", "decoder", "stage 1")})
-    n_objects = len(decoder.names)
-    if n_objects < 2:
-        raise BadInput("stage 2 learns a distribution of objects; one object has none. Use "
-                       "--stage 1 alone, or --data with more objects")
-    latents = sample.training_latents(decoder)                               # (N, C, d, d, d)
-    normalizer = sample.build_normalizer(dataclasses.asdict(s)).fit(latents)
-    sample.save_latent_histogram(run / "latents.png", latents)
-    latents = normalizer.normalize(latents)
-    model = sample.build_denoiser(dataclasses.asdict(s)).to(device)
-    average = sample.build_denoiser(dataclasses.asdict(s)).to(device).requires_grad_(False)
-    average.load_state_dict(model.state_dict())
-    optimizer = torch.optim.Adam(model.parameters(), s.lr_stage2, fused=True)
-    path, step, seconds = run / "stage2.pt", 0, 0.0
-    old = sample.load_checkpoint(run, 2, missing_ok=True) if resume else None
-    if old:
-        same_settings(s, old["settings"], ("stage 2",), path)
-        if old["decoder"] != first["fingerprint"]:
-            raise BadInput(f"{path} was trained on another stage 1; run without --resume")
-        for module, key in ((model, "model"), (average, "ema")):
-            sample.restore(lambda: module, old[key], path)
-        optimizer.load_state_dict(old["optimizer"])
-        set_random_states(generator, old["random"])
-        step, seconds = old["step"], old["seconds"]
-    elif path.exists():
-        os.replace(path, path.with_suffix(".old"))
-    print(f"stage 2 | latents {tuple(latents.shape)} | median {normalizer.m.mean():.3f}, "
-          f"0.7413 IQR {normalizer.s.mean():.3f}, normalized spread {latents.std():.3f}")
-    log = Progress(run, 2, step, s.steps_stage2, s.log_every)
-    began = time.time() - seconds
-    while step < s.steps_stage2:
-        for group in optimizer.param_groups:
-            group["lr"] = s.lr_stage2 * (1 - step / s.steps_stage2)
-        x = latents[torch.randint(n_objects, (s.batch_size,), generator=generator)]
-        loss = diffusion.edm_loss(model, x, generator, sigma_data=s.sigma_data)
-        optimizer.zero_grad()
+    s, at = start_stage2(s, run, device, resume)
+    print(f"stage 2 | latents {tuple(at.latents.shape)} | median {at.normalizer.m.mean():.3f}, "
+          f"0.7413 IQR {at.normalizer.s.mean():.3f}, normalized spread {at.latents.std():.3f}")
+    log = Progress(run, 2, at.step, s.steps_stage2, s.log_every)
+    began = time.time() - at.seconds
+    while at.step < s.steps_stage2:
+        for group in at.optimizer.param_groups:
+            group["lr"] = s.lr_stage2 * (1 - at.step / s.steps_stage2)
+        k = torch.randint(len(at.latents), (s.batch_size,), generator=at.generator)
+        loss = diffusion.edm_loss(at.model, at.latents[k], at.generator, sigma_data=s.sigma_data)
+        at.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        step += 1
-        diffusion.ema_update(average, model, step, s.ema_half_life)
-        log(step, loss.item())
-        if step % s.save_every == 0 or step == s.steps_stage2:
-            save(path, {"stage": 2, "step": step, "settings": dataclasses.asdict(s),
-                        "decoder": first["fingerprint"], "seconds": time.time() - began,
-                        "model": model.state_dict(), "ema": average.state_dict(),
-                        "optimizer": optimizer.state_dict(), "m": normalizer.m,
-                        "s": normalizer.s, "random": random_states(generator)})
+        at.optimizer.step()
+        at.step, at.seconds = at.step + 1, time.time() - began
+        diffusion.ema_update(at.average, at.model, at.step, s.ema_half_life)
+        log(at.step, loss.item())
+        if at.step % s.save_every == 0 or at.step == s.steps_stage2:
+            save(run / "stage2.pt", {
+                "stage": 2, "step": at.step, "settings": dataclasses.asdict(s),
+                "decoder": at.decoder, "seconds": at.seconds, "model": at.model.state_dict(),
+                "ema": at.average.state_dict(), "optimizer": at.optimizer.state_dict(),
+                "m": at.normalizer.m, "s": at.normalizer.s, "random": random_states(at.generator)})
             plot_log(run)
-    add_metrics(run, s, seconds_stage2=round(time.time() - began, 1), steps_stage2=step,
-                latent_median=float(normalizer.m.mean()), latent_iqr=float(normalizer.s.mean()))
+    add_metrics(run, s, seconds_stage2=round(at.seconds, 1), steps_stage2=at.step,
+                latent_median=float(at.normalizer.m.mean()),
+                latent_iqr=float(at.normalizer.s.mean()))
 
 
 def first_sampling(s, dataset, run):
@@ -534,8 +519,8 @@ def first_sampling(s, dataset, run):
     trained = sample.load_run(run)
     sample.save_noise_strip(run / "noise_to_object.png", trained, steps=s.sample_steps)
     n = 128                       # enough pictures for the covariance of the features
-    volumes, paths = sample.save_samples(trained, run / "samples", s.n_sheet, s.sample_steps, s.seed,
-                                         s.churn)
+    volumes, paths = sample.save_samples(trained, run / "samples", s.n_sheet, s.sample_steps,
+                                         s.seed, s.churn)
     scores = {}
     for key, latents in (
             ("fd", sample.sample_latents(trained, sample.latent_noise(trained, n, s.seed + 1),

@@ -330,3 +330,17 @@ def test_wrong_shapes_are_refused_by_name(blob):
             ("rgb", lambda: render.integrate(torch.ones(2, 3), torch.ones(2, 3), None))]:
         with pytest.raises(ValueError, match=match):
             call()
+
+
+def test_a_window_is_a_camera_with_other_intrinsics():
+    # Rendering the window gives the pixels of the whole picture, cut out at the same place.
+    volume = torch.rand(2, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    cameras = render.orbit(torch.arange(6.).reshape(2, 3), torch.tensor(0.4), 4.0)
+    intrinsics = torch.tensor([1.4, 1.5, 0.5, 0.45]).expand(2, 3, 4)
+    whole = render.render(volume, cameras, intrinsics, 32, 16, extras=False)
+    rgb, occupancy, cut = render.random_windows(whole["rgb"], whole["occupancy"], intrinsics, 12,
+                                               torch.Generator().manual_seed(1))
+    out = render.render(volume, cameras, cut, 12, 16, extras=False)
+    assert torch.allclose(out["rgb"], rgb, atol=1e-5)
+    assert torch.allclose(out["occupancy"], occupancy, atol=1e-5)
+    assert rgb.std() > 0.05

@@ -290,3 +290,14 @@ def test_the_mesh_of_a_ball_has_its_place_volume_colour_and_faces_outward(tmp_pa
     assert (rows[:, 3:] - torch.tensor([255, 127.5, 0])).abs().max() <= 2
     refused(lambda: sample.save_mesh(tmp_path / "e.ply", torch.zeros(4, 8, 8, 8)), "empty")
     assert not (tmp_path / "e.ply").exists()
+
+
+def test_no_stream_repeats_the_numbers_that_embeddings_start_with():
+    # With e ~ N(0, I) drawn like the initial table, "random" embeddings decode to training objects.
+    torch.manual_seed(0)
+    table, unit = torch.nn.Embedding(5, 16).weight.detach(), torch.nn.functional.normalize
+    for name in ("direct normal", "direct fitted", "noise 0", "churn", "stage 1"):
+        drawn = torch.randn(5, 16, generator=sample.stream(0, name))
+        assert float((unit(drawn) @ unit(table).T).abs().max()) < 0.95
+        assert torch.equal(drawn, torch.randn(5, 16, generator=sample.stream(0, name)))
+        assert not torch.equal(drawn, torch.randn(5, 16, generator=sample.stream(1, name)))

@@ -200,18 +200,3 @@ def test_one_object_has_no_distribution_to_learn(tmp_path):
     run("--stage", "1", "--n-objects", "1", "--steps", "2", out=tmp_path)
     with pytest.raises(data.BadInput, match="one object has none"):
         run("--stage", "2", "--steps", "2", out=tmp_path)
-
-
-def test_a_window_is_a_camera_with_other_intrinsics():
-    # Rendering the window gives the pixels of the whole picture, cut out at the same place.
-    dataset = data.load("synthetic", 32, 0, n_objects=2, n_views=3)
-    frames = torch.stack([dataset.frames_of(k) for k in range(2)])
-    volume = torch.rand(2, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
-    cameras, intrinsics = dataset.cam2world[frames], dataset.intrinsics[frames]
-    whole = train.render.render(volume, cameras, intrinsics, 32, 16, extras=False)
-    rgb, occupancy, cut = train.random_windows(whole["rgb"], whole["occupancy"], intrinsics, 12,
-                                               torch.Generator().manual_seed(1))
-    out = train.render.render(volume, cameras, cut, 12, 16, extras=False)
-    assert torch.allclose(out["rgb"], rgb, atol=1e-5)
-    assert torch.allclose(out["occupancy"], occupancy, atol=1e-5)
-    assert rgb.std() > 0.05
