@@ -941,15 +941,10 @@ def load(source, size, holdout=6, seed=0, n_objects=128, n_views=24, objects=Non
     Raises BadInput where the folder is not what it should be.
     """
     wanted = [w.strip() for w in objects.split(",") if w.strip()] if objects else []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)     # OURS: many small steps; on 2 idle cores 2 threads save a quarter
-    try:                         # of the time, next to another program they take 15 times as long
-        if str(source) == "synthetic":
-            dataset = load_synthetic(size, seed, n_objects, n_views, wanted)
-        else:
-            dataset = load_photos(source, size, wanted)
-    finally:
-        torch.set_num_threads(threads)
+    if str(source) == "synthetic":
+        dataset = load_synthetic(size, seed, n_objects, n_views, wanted)
+    else:
+        dataset = load_photos(source, size, wanted)
     for k in range(dataset.n_objects):
         frames = dataset.frames_of(k)
         if holdout and len(frames) >= holdout:

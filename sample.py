@@ -35,19 +35,21 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 # ---- Checkpoints --------------------------------------------------------------------------------
 
-COMMON_KEYS = ("stage", "step", "seconds", "settings", "model", "optimizer", "random")
-CHECKPOINT_KEYS = {1: COMMON_KEYS + ("names", "captions", "source", "view", "order", "fingerprint"),
-                   2: COMMON_KEYS + ("ema", "m", "s", "decoder")}
+SAMPLING_NEEDS = {1: ("settings", "model", "names", "source", "view", "fingerprint"),
+                  2: ("settings", "ema", "m", "s", "decoder")}
+RESUMING_NEEDS = {1: ("step", "seconds", "optimizer", "random", "order"),
+                  2: ("step", "seconds", "optimizer", "random", "model")}
 
-def load_checkpoint(run, stage, missing_ok=False):
+def load_checkpoint(run, stage, resume=False):
     """Reads RUN/stage1.pt or stage2.pt: a dict of tensors and plain types (see train.save).
 
     A checkpoint may come from a stranger, so only the safe loader touches it. Raises BadInput
-    where there is none (or returns None if missing_ok), it is damaged, or of another stage.
+    where there is none, it is damaged, or of another stage. With resume, it must also hold what
+    going on needs, and where there is none the answer is None.
     """
     path = Path(run) / f"stage{stage}.pt"
     if not path.exists():
-        if missing_ok:
+        if resume:
             return None
         raise BadInput(f"{path} is not there: run `python train.py --stage {stage} --out {run}` "
                        "with the same --data and --preset first")
@@ -60,7 +62,8 @@ def load_checkpoint(run, stage, missing_ok=False):
         found = checkpoint.get("stage", "no") if isinstance(checkpoint, dict) else "no"
         raise BadInput(f"{path} is a checkpoint of stage {found}, not {stage}; did files get "
                        "renamed?")
-    if lacking := [key for key in CHECKPOINT_KEYS[stage] if key not in checkpoint]:
+    needs = SAMPLING_NEEDS[stage] + (RESUMING_NEEDS[stage] if resume else ())
+    if lacking := [key for key in needs if key not in checkpoint]:
         raise BadInput(f"{path} lacks {', '.join(lacking)}: it is damaged, or of another version; "
                        "train again")
     return checkpoint
@@ -179,25 +182,25 @@ def direct_latents(run, n, seed, kind):
 
 
 @torch.no_grad()
-def render_views(run, volumes, azimuths, size, elevation=None, extras=False, n_samples=96):
+def render_views(run, volumes, azimuths, size, elevation=None, extras=False, n_samples=64):
     """Pictures of volumes (B, 4, D, H, W) from a turntable of V azimuths (radians).
 
     returns render.render's dict, (B, V, C, size, size), on the CPU; one view at a time saves memory
     """
     elevation = run.view["elevation"] if elevation is None else elevation
     distance = run.view["distance"]
-    # A sphere of radius 1.4 around the object fills the picture, whatever the training cameras did.
-    focal = 0.5 * math.sqrt(distance**2 - 1.4**2) / 1.4
+    # A sphere of radius 1.3 around the object fills the picture, whatever the training cameras did.
+    focal = 0.5 * math.sqrt(distance**2 - 1.3**2) / 1.3
     intrinsics = torch.tensor([focal, focal, 0.5, 0.5], device=run.device)
     views = []
     for azimuth in azimuths:
         camera = render.orbit(torch.tensor(float(azimuth)), torch.tensor(elevation), distance)
-        for volume in volumes.split(16):
+        for volume in volumes.split(8):
             n = len(volume)
             views.append(render.render(
                 volume, camera.to(run.device).expand(n, 1, 4, 4), intrinsics.expand(n, 1, 4), size,
                 n_samples, extras=extras))
-    batches = math.ceil(len(volumes) / 16)
+    batches = math.ceil(len(volumes) / 8)
 
     def join(key):
         columns = [torch.cat([v[key].cpu() for v in views[i:i + batches]])
@@ -270,7 +273,7 @@ def frechet_to_training_views(run, volumes, dataset, views=4, seed=0):
     for volume in volumes.split(8):
         frames = train[torch.randint(len(train), (len(volume), views), generator=generator)]
         out = render.render(volume, dataset.cam2world[frames].to(run.device),
-                            dataset.intrinsics[frames].to(run.device), size, 64, extras=False)
+                            dataset.intrinsics[frames].to(run.device), size, 48, extras=False)
         pictures.append(out["rgb"].flatten(0, 1).cpu())
     true = image_features(dataset.batch(train, size)[0])
     return frechet_distance(image_features(torch.cat(pictures)), true)
@@ -315,7 +318,8 @@ def save_sheet(path, rows, labels, title=""):
     zoom = max(1, round(96 / rows[0].shape[-1]))
     picture = picture.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
     height, width = picture.shape[1:]
-    figure, axis = plt.subplots(figsize=(width / 100 + 1.3, height / 100 + 0.4), dpi=100)
+    figure = plt.figure(figsize=(width / 100, height / 100), dpi=100)
+    axis = figure.add_axes([0, 0, 1, 1])                 # one pixel of the tile is one of the PNG
     axis.imshow(to_uint8(picture), interpolation="nearest")
     step = height / len(rows)
     axis.set_yticks([step * (i + 0.5) for i in range(len(rows))], labels, fontsize=9)
@@ -420,15 +424,21 @@ def save_sample_sheet(folder, run, volumes, training_volumes):
 # ---- Meshes -------------------------------------------------------------------------------------
 
 
+def find_marching_cubes():
+    """scikit-image's function, or a line that says what to install."""
+    try:
+        from skimage.measure import marching_cubes
+    except ImportError:
+        raise BadInput("--mesh needs scikit-image: pip install scikit-image") from None
+    return marching_cubes
+
+
 def save_mesh(path, volume):
     """A coloured triangle mesh (PLY) of one volume (4, D, H, W), by marching cubes.
 
     The surface is put where one voxel stops half of the light. Needs scikit-image.
     """
-    try:
-        from skimage.measure import marching_cubes
-    except ImportError:
-        raise BadInput("--mesh needs scikit-image: pip install scikit-image") from None
+    marching_cubes = find_marching_cubes()
     volume = volume.cpu()
     side = volume.shape[-1]
     density = F.pad(volume[0], (1,) * 6).numpy()           # padded: the surface is always closed
@@ -513,14 +523,16 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     if args.n < 1 or args.steps < 0:
         raise BadInput("--n and --steps must be at least 1")
+    if args.interpolate and args.direct:
+        raise BadInput("--interpolate is between noises; it does not go with --direct")
+    if args.mesh:
+        find_marching_cubes()                            # before the work, not after it
     run = load_run(args.run, choose_device(args.device), (1,) if args.direct else (1, 2))
     steps = args.steps or run.settings["sample_steps"]
     churn = run.settings["churn"] if args.churn is None else args.churn
     folder = Path(args.out or Path(args.run) / ("samples" + "-direct" * bool(args.direct)))
     volumes, paths = save_samples(run, folder, args.n, steps, args.seed, churn, args.direct)
     if args.interpolate:
-        if args.direct:
-            raise BadInput("--interpolate is between noises; it does not go with --direct")
         paths += save_interpolation(run, folder, args.interpolate, steps)
     if args.mesh:
         for i, volume in enumerate(volumes):

@@ -70,7 +70,7 @@ def test_a_run_is_rebuilt_with_the_weights_that_were_saved(folder):
 
 def test_a_missing_checkpoint_is_bad_input_that_says_what_to_run(tmp_path):
     refused(lambda: sample.load_checkpoint(tmp_path, 2), "stage2.pt", "train.py --stage 2")
-    assert sample.load_checkpoint(tmp_path, 2, missing_ok=True) is None
+    assert sample.load_checkpoint(tmp_path, 2, resume=True) is None
 
 
 def test_a_truncated_checkpoint_is_bad_input_at_every_length(folder):
