@@ -167,7 +167,7 @@ class AutoDecoder(nn.Module):
             blocks += [SelfAttention(c_out)] if side in attention else []
             self.levels.append(nn.Sequential(*blocks))
         self.head = nn.Sequential(nn.BatchNorm3d(widths[-1]), Pointwise(widths[-1], 4))
-        # Voxels are stored channels-last: 1.5 x faster convolutions on CPUs, and read as one piece.
+        # Voxels are stored channels-last: convolutions are 1.2 x faster on CPUs.
         self.to(memory_format=torch.channels_last_3d)
 
     def embed(self, k):

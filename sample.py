@@ -351,22 +351,35 @@ def save_turntable(run, volumes, folder, name="turntable", size=96, frames=48):
         [tile([row[:, t] for row in rows]) for t in range(frames)]))
 
 
-def save_training_sheet(path, run, dataset, objects, title):
-    """Truth, render, occupancy, depth and normals of the same few objects, from one view each."""
-    frames = torch.stack([dataset.frames_of(k, heldout=None)[0] for k in objects])[:, None]
+def save_training_sheet(path, run, dataset, step, n=8):
+    """Truth, render, occupancy, depth and normals of the same n held-out views (or any) each time."""
+    frames = torch.nonzero(dataset.heldout | ~dataset.heldout.any())[:, 0]
+    frames = frames[torch.linspace(0, len(frames) - 1, min(n, len(frames))).long()]
     size = dataset.images.shape[1]
     truth, mask = dataset.batch(frames, size)
     was_training = run.autodecoder.training
     run.autodecoder.eval()
     with torch.no_grad():
-        volumes = run.autodecoder(torch.tensor(objects, device=run.device))
-        out = render.render(volumes, dataset.cam2world[frames].to(run.device),
-                            dataset.intrinsics[frames].to(run.device), size, 96)
+        volumes = run.autodecoder(dataset.object_index[frames].to(run.device))
+        out = render.render(volumes, dataset.cam2world[frames, None].to(run.device),
+                            dataset.intrinsics[frames, None].to(run.device), size, 96)
     run.autodecoder.train(was_training)
     out = {key: value.cpu()[:, 0] for key, value in out.items()}              # (n, C, H, W)
-    rows = [truth[:, 0] + 1 - mask[:, 0], on_white(out), 1 - out["occupancy"].expand(-1, 3, -1, -1),
+    rows = [truth + 1 - mask, on_white(out), 1 - out["occupancy"].expand(-1, 3, -1, -1),
             depth_picture(out), normal_picture(out)]
-    save_sheet(path, rows, ["truth", "render", "occupancy", "depth", "normals"], title)
+    kind = "held-out" if dataset.heldout.any() else "training"
+    save_sheet(path, rows, ["truth", "render", "occupancy", "depth", "normals"],
+               f"{kind} views after {step} steps")
+
+
+@torch.no_grad()
+def save_orbit(path, run, n=4, columns=8):
+    """The first n training objects of a run, from all sides."""
+    objects = range(min(n, len(run.names)))
+    volumes = run.autodecoder(torch.tensor(list(objects), device=run.device))
+    azimuths = [2 * math.pi * i / columns for i in range(columns)]
+    save_sheet(path, list(on_white(render_views(run, volumes, azimuths, 96))),
+               [run.names[k][-16:] for k in objects], "training objects, turned by 45 degrees")
 
 
 def save_latent_histogram(path, latents):

@@ -174,6 +174,8 @@ def check(s):
         value = getattr(s, name)
         if not (value > 0 and math.isfinite(value)):
             raise BadInput(f"--{name.replace('_', '-')} must be positive, got {value}")
+    if s.parts:
+        raise BadInput("articulated objects (--parts, paper-celebv) are not built yet")
     if s.size % 2 ** len(s.finer_at):
         raise BadInput(f"--size {s.size} cannot be halved {len(s.finer_at)} times (--finer-at)")
     try:
@@ -400,7 +402,6 @@ def train_stage1(s, dataset, run, device, source, resume=False):
     features = autodecoder.build_features(s.perceptual, device)
     at = start_stage1(s, dataset, run, device, source, resume)
     log = Progress(run, 1, at.step, s.steps_stage1, s.log_every)
-    shown = torch.linspace(0, dataset.n_objects - 1, min(8, dataset.n_objects)).long().tolist()
     began = time.time() - at.seconds
     while at.step < s.steps_stage1:
         for group in at.optimizer.param_groups:           # PAPER: linear decay
@@ -430,10 +431,10 @@ def train_stage1(s, dataset, run, device, source, resume=False):
         if at.step % s.save_every == 0 or at.step == s.steps_stage1:
             save_stage1(s, at, dataset, run, source)
             viewer = SimpleNamespace(autodecoder=at.model, device=device)
-            sample.save_training_sheet(run / "training.png", viewer, dataset, shown,
-                                       f"training views after {at.step} steps")
+            sample.save_training_sheet(run / "training.png", viewer, dataset, at.step)
             plot_log(run)
     add_metrics(run, s, seconds_stage1=round(at.seconds, 1), steps_stage1=at.step)
+    sample.save_orbit(run / "orbit.png", sample.load_run(run, device, stages=(1,)))
     psnr = score_heldout(at.model, dataset, device)
     if psnr is not None:
         add_metrics(run, s, psnr_heldout=round(psnr, 3))
@@ -545,8 +546,6 @@ def first_sampling(s, dataset, run):
 
 def main(arguments=None):
     args, s = parse(arguments)
-    if s.parts:
-        raise BadInput("articulated objects (--parts, paper-celebv) are not built yet")
     device = sample.choose_device(args.device)
     torch.set_float32_matmul_precision("high")            # tensor cores, where there are any
     paths, began = [], time.time()
@@ -564,7 +563,7 @@ def main(arguments=None):
             raise BadInput(f"--out {args.out} cannot be made: {error.strerror}") from None
         train_stage1(s, dataset, args.out, device, args.data, args.resume)
         add_metrics(args.out, s, seconds_data=round(seconds, 1))
-        paths += [args.out / "training.png", args.out / "loss.png"]
+        paths += [args.out / name for name in ("training.png", "orbit.png", "loss.png")]
     if args.stage != 1 and not (args.stage is None and dataset.n_objects < 2):
         train_stage2(s, args.out, device, args.resume)
         paths += [args.out / "latents.png", args.out / "loss.png"]
