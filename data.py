@@ -282,6 +282,7 @@ def pedestal(x, bottom, top, colour):
 
 
 def make_chair(rng):
+    """Primitives and caption of a chair: legs or pedestal, solid or slatted back, armrests."""
     (name, colour), (name2, colour2) = pick_colours(rng, 2)
     x, z, seat, t = rng.uniform(.42, .55), rng.uniform(.42, .52), rng.uniform(.75, .95), .06
     height = rng.uniform(.35, .5) if rng.random() < .3 else rng.uniform(.7, .95)     # of the back
@@ -312,6 +313,7 @@ def make_chair(rng):
 
 
 def make_table(rng):
+    """Primitives and caption of a table: round or not, legs or pedestal, perhaps a shelf."""
     (name, colour), (name2, colour2) = pick_colours(rng, 2)
     is_round, central, shelf = rng.random() < .4, rng.random() < .35, rng.random() < .35
     height, t = rng.uniform(.7, 1.2), rng.uniform(.05, .07)
@@ -330,6 +332,7 @@ def make_table(rng):
 
 
 def make_vehicle(rng):
+    """Primitives and caption of a car, van or truck, looking along +z."""
     (name, colour), (name2, colour2) = pick_colours(rng, 2)
     kind = str(rng.choice(["car", "van", "truck"]))
     x, z, r = rng.uniform(.36, .44), .93, rng.uniform(.17, .23)
@@ -912,6 +915,7 @@ def collect(built, names, captions, layout, skipped, shapes=None):
 
 
 def load_photos(path, size, wanted):
+    """The Dataset of a folder of photos, whatever its layout; nothing is held out yet."""
     folder = Path(path).resolve()
     if not folder.is_dir():
         raise BadInput(f"{path}: no such folder (nor is it 'synthetic')")
@@ -1008,6 +1012,7 @@ def describe(dataset):
 
 
 def main():
+    """Says what is in --data and draws it."""
     parser = Parser(description="Tell what is in a dataset, and draw it.")
     parser.add_argument("--data", default="synthetic", help="'synthetic', or a folder of photos")
     parser.add_argument("--size", type=int, default=64, help="side of the square frames (64)")

@@ -144,6 +144,7 @@ class UNet3D(nn.Module):
                                   zero_init(nn.Conv3d(c, latent_channels, 3, padding=1)))
 
     def forward(self, x, c_noise, context=None, mask=None):
+        """x (B, C, D, H, W), c_noise (B,), context (B, T, c_context), mask (B, T) -> as x."""
         # OURS: c_noise = ln(sigma)/4 runs from -1.6 to 1.1. ADM's sinusoids were made for step
         # numbers up to 1000; the frequencies here go from 1/4 to 64 instead of from 1e-4 to 1.
         freqs = torch.logspace(-2, 6, self.channels // 2, base=2, device=x.device, dtype=x.dtype)

@@ -352,7 +352,7 @@ def save_turntable(run, volumes, folder, name="turntable", size=96, frames=48):
 
 
 def save_training_sheet(path, run, dataset, step, n=8):
-    """Truth, render, occupancy, depth and normals of the same n held-out views (or any) each time."""
+    """Truth, render, occupancy, depth, normals, each time of the same n held-out (or any) views."""
     frames = torch.nonzero(dataset.heldout | ~dataset.heldout.any())[:, 0]
     frames = frames[torch.linspace(0, len(frames) - 1, min(n, len(frames))).long()]
     size = dataset.images.shape[1]
@@ -519,6 +519,7 @@ def choose_device(name):
 
 
 def main(arguments=None):
+    """Reads the flags, draws the objects, names what was written."""
     parser = data.Parser(description="Generate objects with a trained run.")
     add = parser.add_argument
     add("--run", default="runs/tiny-synthetic", help="folder that train.py wrote (%(default)s)")
