@@ -2,20 +2,21 @@
 
 Paper:      Sec. 3.1 (2D images with masks and cameras are all that the method sees), Sec. 4.1.
 Shapes:     F frames, S image side, N objects, V views of one object, P primitives, K points.
-Simplified: everything sits in memory as uint8 (24 KiB a frame at 64x64), so Objaverse does not fit.
+Simplified: everything sits in memory as uint8 (24 KiB a frame at 64x64): Objaverse would not fit.
 Read next:  render.py, whose first page holds the conventions (camera axes, pixel centres, cube).
 
     python data.py --data PATH      tells what is in PATH and draws it: try this first
 """
 import argparse
 import difflib
+import itertools
 import json
 import re
 import struct
 import sys
 from collections import Counter
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, partialmethod
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -28,8 +29,8 @@ MARGIN = 0.93                    # OURS: largest half side of an object; the cub
 
 # COIL-100, OURS: what makes the silhouettes agree best with their common visual hull (IoU 0.92 at
 # 64x64, mean of 35 objects; its cameras were never published).
-COIL_THRESHOLD = 34, 48          # of max(R, G, B); the background has 25 to 27. 48 loses dark parts
-                                 # (obj49: 0.45, not 0.90); where 34 floods the photo, 48 (obj99)
+COIL_THRESHOLD = 34, 48          # of max(R, G, B); the background has 25 to 27; 48 loses dark
+                                 # parts (obj49: 0.45, not 0.90), 34 floods some photos (obj99)
 COIL_ELEVATION = 18.0            # degrees; 15 to 20 fit equally well, 5 and 30 visibly worse
 COIL_DISTANCE = 12.0             # half sides of the cube: all but parallel; 6 fits worse
 COIL_DEPTH = 0.5                 # share of the object's depth that its picture's height shows
@@ -43,9 +44,8 @@ class BadInput(Exception):
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one BadInput line, with a guess at the flag that was meant."""
 
-    def __init__(self, **kw):
-        # A prefix of a flag must be an error: --step for --steps would pass silently otherwise.
-        super().__init__(**{"allow_abbrev": False, **kw})
+    # A prefix of a flag must be an error: --step for --steps would pass silently otherwise.
+    __init__ = partialmethod(argparse.ArgumentParser.__init__, allow_abbrev=False)
 
     def error(self, message):
         flags = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_cli(main):
-    """Call main(); a BadInput becomes one line on stderr and exit status 2, without a traceback."""
+    """Call main(); a BadInput becomes one line on stderr and exit status 2, not a traceback."""
     try:
         main()
     except BadInput as err:
@@ -67,22 +67,14 @@ def run_cli(main):
 # ---- What every source becomes ------------------------------------------------------------------
 @dataclass
 class Dataset:
-    """F frames of N objects, each object inside [-1, 1]^3 with y up.
-
-    images       (F, S, S, 3) uint8, colour x mask, so the background is black
-    masks        (F, S, S)    uint8, 255 inside, in between on the edges
-    cam2world    (F, 4, 4)    float32, camera x right, y up, looking along -z
-    intrinsics   (F, 4)       float32 fx, fy, cx, cy as fractions of the image side: the same at
-                              every resolution; pixel centres at half integers, 0.5 is the middle
-    object_index (F,)         int64 in 0..N-1          heldout (F,) bool
-    """
-    images: Tensor
-    masks: Tensor
-    cam2world: Tensor
-    intrinsics: Tensor
-    object_index: Tensor
-    heldout: Tensor
-    names: list
+    """F frames of N objects, each object inside [-1, 1]^3 with y up."""
+    images: Tensor               # (F, S, S, 3) uint8, colour x mask, so the background is black
+    masks: Tensor                # (F, S, S) uint8, 255 inside, in between on the edges
+    cam2world: Tensor            # (F, 4, 4) float32, camera x right, y up, looking along -z
+    intrinsics: Tensor           # (F, 4) float32 fx, fy, cx, cy as fractions of the image side
+    object_index: Tensor         # (F,) int64 in 0..N-1
+    heldout: Tensor              # (F,) bool
+    names: list                  # N of str
     captions: list               # N of str or None
     layout: str                  # one line: what was detected
     skipped: list                # one line per reason, with counts
@@ -127,12 +119,15 @@ COLOURS = dict(red=(.80, .16, .14), orange=(.92, .50, .12), yellow=(.93, .82, .2
                white=(.88, .88, .86), brown=(.45, .28, .16))
 BLACK, GLASS = (.07, .07, .08), (.50, .68, .78)
 LIGHT = torch.tensor([0.48, 0.72, 0.50])         # unit length, from the object to the light
+SIDES = dict(box=torch.eye(3), cylinder=torch.tensor([[1., 0, 1], [0, 1, 0]]))   # see Primitive
+CORNERS = torch.cartesian_prod(*[torch.tensor([-1., 1.])] * 3)           # (8, 3) of the cube
 
 
 @dataclass
 class Primitive:
-    """A box, or a cylinder about its own y axis: x = centre + rotation @ (half * unit)."""
-    kind: str                    # "box": |unit| <= 1;  "cylinder": x^2 + z^2 <= 1, |y| <= 1
+    """A box, or a cylinder about its own y axis: x = centre + rotation @ (half * unit), where
+    SIDES[kind] @ unit^2 <= 1: x^2, y^2 and z^2 for a box, x^2 + z^2 and y^2 for a cylinder."""
+    kind: str                    # "box" or "cylinder"
     centre: Tensor               # (3,)
     half: Tensor                 # (3,) half sides; a cylinder's x and z are its radius
     colour: tuple                # rgb in [0, 1]
@@ -155,8 +150,7 @@ def cylinder(centre, radius, half_height, colour, lying=False):
 
 def corners(part):
     """(8, 3) corners of the primitive's own box, in the world."""
-    signs = torch.cartesian_prod(*[torch.tensor([-1., 1.])] * 3)
-    return part.centre + (signs * part.half) @ part.rotation.T
+    return part.centre + (CORNERS * part.half) @ part.rotation.T
 
 
 def to_unit(part, points):
@@ -185,14 +179,9 @@ def hit(part, o, d):
 
 
 def normal_at(part, points):
-    """Outward normals (n, 3) at surface points (n, 3): of the face that the point is nearest to."""
-    unit = to_unit(part, points)
-    if part.kind == "box":
-        normal = unit * F.one_hot(unit.abs().argmax(1), 3)
-    else:
-        radial = unit * torch.tensor([1., 0, 1])
-        side = radial.norm(dim=1, keepdim=True) > unit[:, 1:2].abs()
-        normal = torch.where(side, radial, unit - radial)
+    """Outward normals (n, 3) at surface points (n, 3): of the face that a point is nearest to."""
+    unit, sides = to_unit(part, points), SIDES[part.kind]
+    normal = unit * sides[(unit ** 2 @ sides.T).argmax(1)]           # the side's gradient
     return F.normalize(normal / part.half @ part.rotation.T, dim=1)
 
 
@@ -208,7 +197,7 @@ def raytrace(parts, cam2world, intrinsics, size, supersample=3):
     d = torch.stack(torch.broadcast_tensors((u - cx) / fx, -(u[:, None] - cy) / fy,
                                             torch.tensor(-1.)), -1)  # (V, n, n, 3) y, x
     d = (d.reshape(V, -1, 3) @ cam2world[:, :3, :3].mT).reshape(-1, 3)
-    o = cam2world[:, :3, 3]
+    o = cam2world[:, :3, 3].repeat_interleave(n * n, dim=0)          # (V n n, 3), as d
     nearest = torch.full((V * n * n,), torch.inf)
     rgb = torch.zeros(V * n * n, 3)
     for part in parts:
@@ -216,46 +205,33 @@ def raytrace(parts, cam2world, intrinsics, size, supersample=3):
         lo, hi = project(corners(part), cam2world, intrinsics).aminmax(dim=1)        # (V, 2)
         inside = (u >= lo[..., None]) & (u <= hi[..., None])         # (V, 2, n)
         rays = (inside[:, 1, :, None] & inside[:, 0, None, :]).reshape(-1).nonzero()[:, 0]
-        t = hit(part, o[rays // (n * n)], d[rays])
+        t = hit(part, o[rays], d[rays])
         front = t < nearest[rays]
         rays, t = rays[front], t[front]
-        normal = normal_at(part, o[rays // (n * n)] + t[:, None] * d[rays])
+        normal = normal_at(part, o[rays] + t[:, None] * d[rays])
         nearest[rays] = t
         rgb[rays] = (0.65 + 0.35 * normal @ LIGHT)[:, None] * torch.tensor(part.colour).float()
     rgba = torch.cat([rgb, nearest.isfinite()[:, None]], 1).reshape(V, n, n, 4)
     return rgba.reshape(V, size, supersample, size, supersample, 4).mean((2, 4))
 
 
-def unit_surface(part, n, rng):
-    """n points (n, 3) on one primitive in unit coordinates, uniform once scaled to its size."""
-    x, y, z = part.half.tolist()
-    areas = np.array([y * z, z * x, x * y] if part.kind == "box" else [2 * y, x])    # side, caps
-    face = torch.from_numpy(rng.choice(len(areas), n, p=areas / areas.sum()))
-    unit = torch.from_numpy(rng.uniform(-1, 1, (n, 3))).float()
-    if part.kind == "box":
-        return torch.where(F.one_hot(face, 3) > 0, unit.sign(), unit)
-    radius = torch.where(face == 0, 1.0, unit[:, 2].abs().sqrt())     # sqrt: uniform on a disc
-    angle, y = unit[:, 0] * torch.pi, torch.where(face == 0, unit[:, 1], unit[:, 1].sign())
-    return torch.stack([radius * angle.cos(), y, radius * angle.sin()], 1)
-
-
 def sample_surface(parts, n, rng):
-    """(n, 3) uniform points on the outside of the union: those inside another part are dropped."""
-    def area(p):
-        x, y, z = p.half.tolist()
-        return 8 * (x*y + y*z + z*x) if p.kind == "box" else 4 * np.pi * x * (x / 2 + y)
-    def inside(p, points):
-        unit = to_unit(p, points)
-        return (unit.abs().amax(1) <= 1) & ((p.kind == "box") | (unit[:, ::2].norm(dim=1) <= 1))
-    weight, found = np.array([area(p) for p in parts]), torch.zeros(0, 3)
+    """(n, 3) points, uniform on the outside of the union of the parts.
+
+    A line through two random points of a sphere enters what is in the sphere in proportion to its
+    area (Crofton), so rays are all it takes: as many per area for every part's own sphere.
+    """
+    radius = np.array([part.half.norm() for part in parts])
+    found = torch.zeros(0, 3)
     while len(found) < n:
-        for part, m in zip(parts, rng.multinomial(2 * n, weight / weight.sum())):
-            points = part.centre + (unit_surface(part, m, rng) * part.half) @ part.rotation.T
+        for part, r, m in zip(parts, radius, rng.multinomial(4 * n, radius**2 / sum(radius**2))):
+            a, b = r * F.normalize(torch.from_numpy(rng.normal(size=(2, m, 3))).float(), dim=-1)
+            t = hit(part, part.centre + a, b - a)[:, None]
+            points = (part.centre + a + t * (b - a))[t[:, 0].isfinite()]
             # A hair outside: where two parts touch, neither face is on the outside of the union.
             outside = points + 1e-4 * normal_at(part, points)
-            buried = [inside(q, outside) for q in parts if q is not part]
-            keep = ~torch.stack(buried).any(0) if buried else torch.ones(m, dtype=torch.bool)
-            found = torch.cat([found, points[keep]])
+            buried = [(to_unit(p, outside) ** 2 @ SIDES[p.kind].T <= 1).all(1) for p in parts]
+            found = torch.cat([found, points[~torch.stack(buried).any(0)]])
     return found[torch.from_numpy(rng.permutation(len(found))[:n])]
 
 
@@ -267,72 +243,66 @@ def pick_colours(rng, n):
             for c in names]
 
 
-def four_legs(rng, x, z, bottom, top, colour):
-    """Four legs, square or round, at the corners of a half width x and half depth z."""
+def stand(rng, central, x, z, foot, top, name, colour):
+    """What carries a seat or a table top at height `top`, and its name: one column on a round foot
+    of radius `foot`, or four legs at the corners of a half width x and half depth z."""
+    h = top / 2
+    if central:
+        return [cylinder((0, h + .05, 0), .10, h - .05, colour),
+                cylinder((0, .06, 0), foot, .06, colour)], f"a {name} pedestal"
     r, is_round = rng.uniform(.06, .08), rng.random() < .4
-    y, h = (bottom + top) / 2, (top - bottom) / 2
-    at = [(sx * (x - r), y, sz * (z - r)) for sx in (-1, 1) for sz in (-1, 1)]
-    return [cylinder(c, r, h, colour) if is_round else box(c, (r, h, r), colour) for c in at]
-
-
-def pedestal(x, bottom, top, colour):
-    """One column on a round foot of radius x."""
-    return [cylinder((0, (bottom + top) / 2 + .05, 0), .10, (top - bottom) / 2 - .05, colour),
-            cylinder((0, bottom + .06, 0), x, .06, colour)]
+    at = [(sx * (x - r), h, sz * (z - r)) for sx in (-1, 1) for sz in (-1, 1)]
+    legs = [cylinder(c, r, h, colour) if is_round else box(c, (r, h, r), colour) for c in at]
+    return legs, f"{name} legs"
 
 
 def make_chair(rng):
-    """Primitives and caption of a chair: legs or pedestal, solid or slatted back, armrests."""
+    """Primitives, noun, details of a chair: legs or pedestal, solid or slatted back, armrests."""
     (name, colour), (name2, colour2) = pick_colours(rng, 2)
     x, z, seat, t = rng.uniform(.42, .55), rng.uniform(.42, .52), rng.uniform(.75, .95), .06
     height = rng.uniform(.35, .5) if rng.random() < .3 else rng.uniform(.7, .95)     # of the back
-    parts = [box((0, seat, 0), (x, t, z), colour)]
-    central = rng.random() < .25
-    parts += pedestal(.8 * x, 0, seat - t, colour2) if central else \
-        four_legs(rng, x, z, 0, seat - t, colour2)
+    legs, words = stand(rng, rng.random() < .25, x, z, .8 * x, seat - t, name2, colour2)
+    parts, details = [box((0, seat, 0), (x, t, z), colour), *legs], [words]
     lean = -rng.uniform(0, .15)                          # the top of the back leans backwards
-    middle, slats = seat + t + height / 2, rng.random() < .4
-    backwards = -z + .06 + np.tan(lean) * height / 2     # its foot stands on the seat's back edge
-    if slats:
+    def back(at, up, half):                              # its foot stands on the seat's back edge
+        where = (at, seat + t + up, -z + .06 + np.tan(lean) * up)
+        parts.append(box(where, half, colour, lean))
+    if rng.random() < .4:
+        details.append("a slatted back")
         for i in np.linspace(-1, 1, rng.integers(3, 5)):
-            at = (i * (x - .055), middle, backwards)
-            parts.append(box(at, (.055, height / 2, .055), colour, lean))
-        rail = -z + .06 + np.tan(lean) * height
-        parts.append(box((0, seat + t + height, rail), (x, .07, .06), colour, lean))
+            back(i * (x - .055), height / 2, (.055, height / 2, .055))
+        back(0, height, (x, .07, .06))
     else:
-        parts.append(box((0, middle, backwards), (x, height / 2, .06), colour, lean))
-    arms = rng.random() < .4
-    if arms:
+        back(0, height / 2, (x, height / 2, .06))
+    if rng.random() < .4:
+        details.append("armrests")
         rise = min(rng.uniform(.25, .35), .8 * height)
         for at in (-x + .055, x - .055):
             parts.append(box((at, seat + rise, 0), (.055, .05, z), colour2))
             parts.append(box((at, seat + rise / 2, z - .08), (.055, rise / 2, .055), colour2))
-    legs = f"a {name2} pedestal" if central else f"{name2} legs"
-    extra = ["a slatted back"] * bool(slats) + ["armrests"] * bool(arms)
-    return parts, caption(f"{name} chair", [legs] + extra)
+    return parts, f"{name} chair", details
 
 
 def make_table(rng):
-    """Primitives and caption of a table: round or not, legs or pedestal, perhaps a shelf."""
+    """Primitives, noun, details of a table: round or not, legs or pedestal, perhaps a shelf."""
     (name, colour), (name2, colour2) = pick_colours(rng, 2)
     is_round, central, shelf = rng.random() < .4, rng.random() < .35, rng.random() < .35
     height, t = rng.uniform(.7, 1.2), rng.uniform(.05, .07)
     x = rng.uniform(.70, .85) if is_round else rng.uniform(.75, .93)
     z = x if is_round else rng.uniform(.5, .7)
-    inner = (.68 * x, .68 * x) if is_round else (.95 * x, .95 * z)
+    inset = .68 if is_round else .95                     # legs stand within a round top's rim
     def plate(y, x, z):
         return cylinder((0, y, 0), x, t, colour) if is_round else box((0, y, 0), (x, t, z), colour)
-    parts = [plate(height, x, z)]
-    parts += pedestal(.6 * z, 0, height - t, colour2) if central else \
-        four_legs(rng, *inner, 0, height - t, colour2)
+    legs, words = stand(rng, central, inset * x, inset * z, .6 * z, height - t, name2, colour2)
+    parts, details = [plate(height, x, z), *legs], [words]
     if shelf:
+        details.append("a shelf")
         parts.append(plate(height * rng.uniform(.35, .5), .68 * x, .8 * z))
-    legs = f"a {name2} pedestal" if central else f"{name2} legs"
-    return parts, caption(f"{name} {'round ' * is_round}table", [legs] + ["a shelf"] * bool(shelf))
+    return parts, f"{name} {'round ' * is_round}table", details
 
 
 def make_vehicle(rng):
-    """Primitives and caption of a car, van or truck, looking along +z."""
+    """Primitives, noun, details of a car, van or truck, looking along +z."""
     (name, colour), (name2, colour2) = pick_colours(rng, 2)
     kind = str(rng.choice(["car", "van", "truck"]))
     x, z, r = rng.uniform(.36, .44), .93, rng.uniform(.17, .23)
@@ -353,28 +323,10 @@ def make_vehicle(rng):
         parts.append(box((0, top + up, (.28 - z) / 2), (x, up, (.28 + z) / 2), colour2))
     for s in (-1, 1):
         parts.append(box((s * (x - .12), low + 1.2 * h, z), (.08, .06, .03), COLOURS["yellow"]))
-        for end in (-1, 1):
-            at = (s * x, r, end * rng.uniform(.54, .6))
-            parts.append(cylinder(at, r, .075, BLACK, lying=True))
+        parts += [cylinder((s * x, r, end * rng.uniform(.54, .6)), r, .075, BLACK, lying=True)
+                  for end in (-1, 1)]
     load = [f"a {name2} box"] if kind == "truck" else []
-    return parts, caption(f"{name} {kind}", load + ["black wheels"])
-
-
-def caption(noun, details):
-    """'a red chair with blue legs, a slatted back and armrests'."""
-    listed = ", ".join(details[:-1]) + " and " * (len(details) > 1) + details[-1]
-    return f"a {noun} with {listed}".replace("a orange", "an orange")
-
-
-def fit_cube(parts):
-    """Centre the parts' common box on 0; largest half side MARGIN, unless a corner would leave
-    the frame of `synthetic_cameras`: then smaller."""
-    points = torch.cat([corners(p) for p in parts])
-    lo, hi = points.aminmax(dim=0)
-    centre = (lo + hi) / 2
-    scale = min(MARGIN / (hi - lo).max() * 2, 1.25 / (points - centre).norm(dim=1).max())
-    return [Primitive(p.kind, (p.centre - centre) * scale, p.half * scale, p.colour, p.rotation)
-            for p in parts]
+    return parts, f"{name} {kind}", load + ["black wheels"]
 
 
 def synthetic_cameras(n_views, rng):
@@ -387,20 +339,22 @@ def synthetic_cameras(n_views, rng):
     return look_at(where), torch.tensor([[1.45, 1.45, 0.5, 0.5]]).repeat(n_views, 1)
 
 
-def load_synthetic(size, seed, n_objects, n_views, wanted=()):
-    """Object k is the same whatever n_objects is; families take turns."""
-    names = [f"{k:04d}" for k in range(n_objects)]
-    built, shapes, captions = [], [], []
-    for k in choose(names, wanted, "synthetic"):
-        rng = np.random.default_rng([seed, k])
-        parts, text = (make_chair, make_table, make_vehicle)[k % 3](rng)
-        parts = fit_cube(parts)
-        pose, camera = synthetic_cameras(n_views, rng)
-        rgba = (raytrace(parts, pose, camera, size) * 255).round().byte()
-        built.append((rgba, pose, camera)), shapes.append(parts), captions.append(text)
-    names = [names[k] for k in choose(names, wanted, "synthetic")]
-    return collect(built, names, captions,
-                   "synthetic: chairs, tables and vehicles of boxes and cylinders", [], shapes)
+def synthetic_object(seed, k, n_views, size, skipped):
+    """Object k, whatever their number, as `load` collects it; families take turns."""
+    rng = np.random.default_rng([seed, k])
+    parts, noun, details = (make_chair, make_table, make_vehicle)[k % 3](rng)
+    listed = ", ".join(details[:-1]) + " and " * (len(details) > 1) + details[-1]
+    caption = f"a {noun} with {listed}".replace("a orange", "an orange")
+    # Their common box is centred; its largest half side is MARGIN, or less where a corner would
+    # be more than 1.25 from the middle: that far the cameras see.
+    points = torch.cat([corners(part) for part in parts])
+    lo, hi = points.aminmax(dim=0)
+    centre = (lo + hi) / 2
+    scale = min(MARGIN / (hi - lo).max() * 2, 1.25 / (points - centre).norm(dim=1).max())
+    parts = [replace(p, centre=(p.centre - centre) * scale, half=p.half * scale) for p in parts]
+    poses, intrinsics = synthetic_cameras(n_views, rng)
+    rgba = (raytrace(parts, poses, intrinsics, size) * 255).round().byte()
+    return rgba, poses, intrinsics, caption, parts
 
 
 # ---- Cameras ------------------------------------------------------------------------------------
@@ -426,18 +380,36 @@ def project(points, cam2world, intrinsics):
 # ---- Photos: what a layout says -----------------------------------------------------------------
 @dataclass
 class View:
-    """One photo as its layout describes it, before anything is done to it."""
+    """One photo as its layout describes it; BadInput if its camera cannot be one."""
     image: Path
-    mask: Path                   # or None: the mask is the image's own alpha
     pose: np.ndarray             # (4, 4) cam2world, camera x right, y up, looking along -z
     camera: tuple                # fx, fy, cx, cy in pixels of ...
     of: tuple                    # ... an image of this (width, height)
     lens: tuple = (0, 0, 0, 0)   # k1, k2, p1, p2
+    mask: Path = None            # where the layout names it; else see find_mask
     white: bool = False          # the background is white, and that is the mask
+
+    def __post_init__(self):
+        R, numbers = self.pose[:3, :3], np.array([*self.camera, *self.of, *self.lens], float)
+        if self.pose.shape != (4, 4):
+            wrong = f"its pose has shape {self.pose.shape}, not (4, 4)"
+        elif not np.isfinite(self.pose).all():
+            wrong = "its pose is not finite"
+        elif np.abs(R @ R.T - np.eye(3)).max() > 0.02 or np.linalg.det(R) < 0:
+            wrong = "the 3x3 part of its pose is not a rotation"
+        elif not np.isfinite(numbers).all() or numbers[[0, 1, 4, 5]].min() <= 0:
+            wrong = (f"focal length {self.camera[0]}, image {self.of[0]} x {self.of[1]}: "
+                     "these must be finite and positive")
+        else:
+            return
+        raise BadInput(f"{self.image}: {wrong}")
 
 
 FLIP = np.diag([1.0, -1, -1, 1])             # camera x right, y down, along +z (OpenCV) <-> ours
+LAST_ROW = [0, 0, 0, 1]                      # of a 4x4 pose
 PHOTOS = (".png", ".jpg", ".jpeg")
+TRANSFORMS = "transforms.json", "transforms_train.json"
+SPARSE = "sparse/0/images.bin", "sparse/0/images.txt", "sparse/images.bin", "sparse/images.txt"
 
 
 def read_array(path, columns):
@@ -451,45 +423,27 @@ def read_array(path, columns):
 
 
 def read_image(path):
-    """(H, W, 3 or 4) uint8."""
+    """(H, W, 4) uint8; alpha 255 where the file has none. SIMPLIFIED: 16-bit grey is clipped."""
     try:
-        image = np.asarray(iio.imread(path))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file")
+        return iio.imread(path, mode="RGBA")
     except Exception as err:             # decoders raise anything from SyntaxError to OSError
-        raise BadInput(f"{path}: not a readable image, perhaps truncated ({err})")
-    if image.dtype == np.uint16:
-        image = (image >> 8).astype(np.uint8)
-    if image.ndim == 2:
-        image = np.stack([image] * 3, -1)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4):
-        raise BadInput(f"{path}: expected RGB or RGBA, found {image.shape} {image.dtype}")
-    return image
-
-
-def photos_in(folder):
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in PHOTOS)
-
-
-def to_pose(rotation, where):
-    return np.vstack([np.column_stack([rotation, where]), [0, 0, 0, 1]])
+        raise BadInput(f"{path}: missing, truncated or not an image ({err})")
 
 
 def find_mask(image):
     """The mask of images/a.jpg: masks/a.jpg, masks/a.png or masks/a.jpg.png, or None."""
-    for folder in {image.parent.name.replace("image", "mask"), "masks", "mask"}:
-        for name in (image.name, image.stem + ".png", image.name + ".png"):
-            path = image.parent.parent / folder / name
-            if folder != image.parent.name and path.exists():
-                return path
-    return None
+    folders = image.parent.name.replace("image", "mask"), "masks", "mask"
+    names = image.name, image.stem + ".png", image.name + ".png"
+    paths = [image.parent.parent / folder / name for folder in folders for name in names
+             if folder != image.parent.name]
+    return next((path for path in paths if path.exists()), None)
 
 
 # Readers, one per layout: (folder, size, skipped) -> the object's views and the world's up vector,
-# None where the layout leaves it open. `skipped` counts by reason what was listed and is not there.
+# None where the layout leaves it open. `skipped` counts by reason what is listed and not there.
 def read_transforms(folder, size, skipped):
     """NeRF and its heirs: one json; cam2world in our own axes; world z up."""
-    path = next(folder / n for n in TRANSFORMS if (folder / n).exists())
+    path = next(p for n in TRANSFORMS if (p := folder / n).exists())
     meta, views, of = json.loads(path.read_text()), [], None
     for frame in meta["frames"]:
         get = {"camera_angle_x": 0, **meta, **frame}         # a frame may have its own camera
@@ -502,39 +456,34 @@ def read_transforms(folder, size, skipped):
             raise BadInput(f"{path}: of lens terms only k1, k2, p1, p2 are known: undistort first")
         of = (get["w"], get["h"]) if "w" in get and "h" in get else of
         w, h = of = of or read_image(image).shape[1::-1]
-        fx = get["fl_x"] if "fl_x" in get else w / (2 * np.tan(get["camera_angle_x"] / 2) or np.inf)
+        fx = get.get("fl_x", w / (2 * np.tan(get["camera_angle_x"] / 2) or np.inf))
         camera = fx, get.get("fl_y", fx), get.get("cx", w / 2), get.get("cy", h / 2)
-        mask = folder / get["mask_path"] if "mask_path" in get else find_mask(image)
         lens = tuple(get.get(k, 0) for k in ("k1", "k2", "p1", "p2"))
-        views.append(View(image, mask, np.array(get["transform_matrix"], float), camera, of, lens))
+        mask = folder / get["mask_path"] if "mask_path" in get else None
+        views.append(View(image, np.array(get["transform_matrix"], float), camera, of, lens, mask))
     return views, (0, 0, 1)
 
 
 def read_srn(folder, size, skipped):
     """SRN's ShapeNet renders: one text file a pose, OpenCV's cam2world; photos on white."""
-    path = folder / "intrinsics.txt"         # f cx cy 0, origin, near, scale, height width
-    f, cx, cy, *_, h, w = read_array(path, 1)[:, 0]
-    views = []
-    for image in photos_in(folder / "rgb"):
-        path = folder / "pose" / f"{image.stem}.txt"
-        if not path.exists():
-            skipped["photos have no pose"] += 1
-            continue
-        views.append(View(image, find_mask(image), read_array(path, 4) @ FLIP,
-                          (f, f, cx, cy), (w, h), white=True))
+    # f cx cy 0, origin, near, scale, height width
+    f, cx, cy, *_, h, w = read_array(folder / "intrinsics.txt", 1)[:, 0]
+    views = [View(folder / "rgb" / f"{path.stem}.png", read_array(path, 4) @ FLIP, (f, f, cx, cy),
+                  (w, h), white=True) for path in sorted((folder / "pose").glob("*.txt"))]
     # OURS: its sets differ in which axis is up; but it is an axis, and the cameras stand upright.
-    up = sum(v.pose[:3, 1] for v in views)
-    return views, np.where(np.abs(up) == np.abs(up).max(), np.sign(up), 0) if views else None
+    up = sum(view.pose[:3, 1] for view in views) + np.zeros(3)
+    return views, np.where(np.abs(up) == np.abs(up).max(), np.sign(up), 0)
 
 
 def read_llff(folder, size, skipped):
     """LLFF: poses_bounds.npy, a row a photo in the order of their names."""
     # The smallest copy of the photos (images, images_4, images_8 ...) that is still large enough.
-    copies = sorted((min(read_image(p[0]).shape[:2]), p) for d in folder.glob("images*")
-                    if d.is_dir() and (p := photos_in(d)))
+    folders = [sorted(p for p in d.glob("*") if p.suffix.lower() in PHOTOS)
+               for d in folder.glob("images*")]
+    copies = sorted((min(read_image(photos[0]).shape[:2]), photos) for photos in folders if photos)
     if not copies:
         raise BadInput(f"{folder}: poses_bounds.npy, but no photos in images or images_8")
-    photos = next((p for side, p in copies if side >= size), copies[-1][1])
+    photos = next((photos for side, photos in copies if side >= size), copies[-1][1])
     path = folder / "poses_bounds.npy"
     rows = read_array(path, 17)              # 3x5 [R | t | height, width, focal], near, far
     if len(rows) != len(photos):
@@ -542,133 +491,106 @@ def read_llff(folder, size, skipped):
     views = []
     for image, row in zip(photos, rows):
         down, right, back, where, (h, w, f) = row[:15].reshape(3, 5).T
-        pose = to_pose(np.stack([right, -down, back], 1), where)     # not [right, up, back]
-        views.append(View(image, find_mask(image), pose, (f, f, w / 2, h / 2), (w, h)))
+        pose = np.vstack([np.stack([right, -down, back, where], 1), LAST_ROW])
+        views.append(View(image, pose, (f, f, w / 2, h / 2), (w, h)))
     return views, None
 
 
-MODELS = {"SIMPLE_PINHOLE": "fxy", "PINHOLE": "ffxy", "SIMPLE_RADIAL": "fxyk", "RADIAL": "fxykk",
-          "OPENCV": "ffxykkpp"}              # the order of COLMAP's parameters; ids 0 to 4
-UNKNOWN = {"OPENCV_FISHEYE": 8, "FULL_OPENCV": 12, "FOV": 5, "SIMPLE_RADIAL_FISHEYE": 4,
-           "RADIAL_FISHEYE": 5, "THIN_PRISM_FISHEYE": 12}    # ids 5 to 10: how many parameters
+# COLMAP's camera models by number, and the order of their parameters; "?" where it is not known.
+MODELS = dict(SIMPLE_PINHOLE="fxy", PINHOLE="ffxy", SIMPLE_RADIAL="fxyk", RADIAL="fxykk",
+              OPENCV="ffxykkpp", OPENCV_FISHEYE=8 * "?", FULL_OPENCV=12 * "?", FOV=5 * "?",
+              SIMPLE_RADIAL_FISHEYE=4 * "?", RADIAL_FISHEYE=5 * "?", THIN_PRISM_FISHEYE=12 * "?")
 
 
 def read_colmap(folder, size, skipped):
     """COLMAP, as MVImgNet ships it: a sparse model, OpenCV's world-to-camera as a quaternion."""
-    model = next(folder / m for m in SPARSE if (folder / m).exists())
-    cameras, images = (colmap_text if model.suffix == ".txt" else colmap_binary)(model.parent)
+    path = next(p for n in SPARSE if (p := folder / n).exists())
+    cameras, images = colmap_model(path.parent, path.suffix)
     views = []
-    for name, (w, x, y, z), t, number in sorted(images):
+    for name, (w, *xyz), t, number in sorted(images):
         model, width, height, params = cameras[number]
-        if model not in MODELS:
+        order = MODELS.get(model, "?")
+        if "?" in order:
             raise BadInput(f"{folder}: camera model {model} is not known; run COLMAP's "
-                           f"image_undistorter, which makes one of {', '.join(MODELS)}")
+                           "image_undistorter, which makes PINHOLE cameras")
         image = folder / "images" / name
         if not image.is_file():
             skipped["listed frames have no file"] += 1
             continue
-        R = np.array([[1 - 2*(y*y + z*z), 2*(x*y - z*w), 2*(x*z + y*w)],
-                      [2*(x*y + z*w), 1 - 2*(x*x + z*z), 2*(y*z - x*w)],
-                      [2*(x*z - y*w), 2*(y*z + x*w), 1 - 2*(x*x + y*y)]])
-        f, cx, cy, k, p = ([v for v, d in zip(params, MODELS[model]) if d == c] for c in "fxykp")
+        K = np.cross(np.eye(3), xyz)         # K v = xyz x v
+        R = np.eye(3) + 2 * w * K + 2 * K @ K
+        pose = np.linalg.inv(np.vstack([np.column_stack([R, t]), LAST_ROW])) @ FLIP
+        f, cx, cy, k, p = ([v for v, c in zip(params, order) if c == letter] for letter in "fxykp")
         lens = (*k, 0, 0)[:2] + (*p, 0, 0)[:2]
-        views.append(View(image, find_mask(image), to_pose(R.T, -R.T @ t) @ FLIP,
-                          (f[0], f[-1], *cx, *cy), (width, height), lens))
+        views.append(View(image, pose, (f[0], f[-1], *cx, *cy), (width, height), lens))
     return views, None
 
 
-def colmap_text(folder):
+def colmap_model(folder, suffix):
     """cameras: {number: (model, width, height, params)}; images: (name, quaternion, t, number)."""
     def rows(name):
         return [r.split() for r in (folder / name).read_text().splitlines() if r[:1] != "#"]
-    cameras = {r[0]: (r[1], int(r[2]), int(r[3]), [float(v) for v in r[4:]])
-               for r in rows("cameras.txt") if r}
-    images = [(" ".join(r[9:]), [float(v) for v in r[1:5]], [float(v) for v in r[5:8]], r[8])
-              for r in rows("images.txt")[::2] if r]         # every other line lists 2D points
-    return cameras, images
-
-
-def colmap_binary(folder):
-    """The same from cameras.bin and images.bin, little-endian."""
-    data, at, cameras, images = (folder / "cameras.bin").read_bytes(), 8, {}, []
-    while at < len(data):
-        number, model, width, height = struct.unpack_from("<IiQQ", data, at)
-        name = (*MODELS, *UNKNOWN)[model]
-        count = UNKNOWN.get(name) or len(MODELS[name])
-        params = struct.unpack_from(f"<{count}d", data, at + 24)
-        cameras[number], at = (name, width, height, params), at + 24 + 8 * count
-    data, at = (folder / "images.bin").read_bytes(), 8
-    while at < len(data):
-        _, *qt, number = struct.unpack_from("<I7dI", data, at)
-        end = data.index(b"\0", at + 64)
-        images.append((data[at + 64:end].decode(), qt[:4], qt[4:], number))
-        at = end + 9 + 24 * struct.unpack_from("<Q", data, end + 1)[0]       # its 2D points
+    def take(form):                          # the next numbers of a file, little-endian
+        return struct.unpack("<" + form, file.read(struct.calcsize("<" + form)))
+    if suffix == ".txt":
+        cameras = {r[0]: (r[1], int(r[2]), int(r[3]), [float(v) for v in r[4:]])
+                   for r in rows("cameras.txt") if r}
+        images = [(" ".join(r[9:]), [float(v) for v in r[1:5]], [float(v) for v in r[5:8]], r[8])
+                  for r in rows("images.txt")[::2] if r]     # every other line lists 2D points
+        return cameras, images
+    cameras, images = {}, []
+    with open(folder / "cameras.bin", "rb") as file:
+        for _ in range(*take("Q")):
+            number, model, width, height = take("IiQQ")
+            name, order = list(MODELS.items())[model]
+            cameras[number] = name, width, height, take(f"{len(order)}d")
+    with open(folder / "images.bin", "rb") as file:
+        for _ in range(*take("Q")):
+            _, *qt, number = take("I7dI")
+            name = b"".join(iter(lambda: take("s")[0], b"\0")).decode()
+            images.append((name, qt[:4], qt[4:], number))
+            file.seek(24 * take("Q")[0], 1)  # its 2D points
     return cameras, images
 
 
 def read_objaverse(folder, size, skipped):
     """Renders of Objaverse (as for Zero-1-to-3): NNN.png, NNN.npy a (3, 4) world-to-camera."""
     views = []
-    for image in photos_in(folder):
-        path = image.with_suffix(".npy")
-        if not path.exists():
-            skipped["photos have no .npy pose"] += 1
-            continue
+    for path in sorted(folder.glob("???.npy")):
         RT = read_array(path, 4)
         if RT.shape != (3, 4):
             raise BadInput(f"{path}: its pose has shape {RT.shape}, not (3, 4)")
-        pose = to_pose(RT[:, :3].T, -RT[:, :3].T @ RT[:, 3])
         # The object is in front: along -z in Blender's axes, which are ours; some scripts write
         # OpenCV's, where it is along +z.  The lens has 35 mm, the sensor 32.
+        pose = np.linalg.inv(np.vstack([RT, LAST_ROW]))
         pose = pose @ FLIP if RT[2, 3] > 0 else pose
-        views.append(View(image, find_mask(image), pose, (35 / 32, 35 / 32, .5, .5), (1, 1)))
+        views.append(View(path.with_suffix(".png"), pose, (35 / 32, 35 / 32, .5, .5), (1, 1)))
     return views, (0, 0, 1)
 
 
 # ---- Photos: one path for all layouts -----------------------------------------------------------
-def check(view):
-    """BadInput unless the camera can be one."""
-    pose = view.pose
-    if pose.shape != (4, 4):
-        raise BadInput(f"{view.image}: its pose has shape {pose.shape}, not (4, 4)")
-    R = pose[:3, :3]
-    if not np.isfinite(pose).all():
-        raise BadInput(f"{view.image}: its pose is not finite")
-    if np.abs(R @ R.T - np.eye(3)).max() > 0.02 or np.linalg.det(R) < 0:
-        raise BadInput(f"{view.image}: the 3x3 part of its pose is not a rotation")
-    try:
-        camera = np.array([*view.camera, *view.of, *view.lens], float)
-    except (ValueError, TypeError):
-        camera = np.array([np.nan] * 6)
-    if not np.isfinite(camera).all() or (camera[[0, 1, 4, 5]] <= 0).any():
-        raise BadInput(f"{view.image}: focal length {view.camera[0]}, image {view.of[0]} x "
-                       f"{view.of[1]}: these must be finite and positive")
-
-
 def read_view(view):
     """RGBA (H, W, 4) uint8 without lens distortion and camera in its pixels; None: no mask."""
     image = read_image(view.image)
     h, w = image.shape[:2]
-    if view.mask is not None:
-        mask = read_image(view.mask)[..., :3].max(-1)
+    path = view.mask or find_mask(view.image)
+    if path:
+        mask = read_image(path)[..., :3].max(-1)
         if mask.shape != (h, w):
-            raise BadInput(f"{view.mask}: mask is {mask.shape[1]}x{mask.shape[0]}, photo {w}x{h}")
-        mask = np.where(mask > 127, 255, 0)
-    elif image.shape[2] == 4 and image[..., 3].min() < 255:
-        mask = image[..., 3]
-    elif view.white:
-        mask = np.where(image[..., :3].min(-1) < 250, 255, 0)
-    else:
-        return None
-    if mask.max() == 0:
-        raise BadInput(f"{view.mask or view.image}: the mask is empty; paint the object white, "
-                       "or remove this view")
+            raise BadInput(f"{path}: mask is {mask.shape[1]}x{mask.shape[0]}, photo {w}x{h}")
+        image[..., 3] = 255 * (mask > 127)
+    elif image[..., 3].min() == 255:         # no alpha channel of its own
+        if not view.white:
+            return None
+        image[..., 3] = 255 * (image[..., :3].min(-1) < 250)
+    if image[..., 3].max() == 0:
+        raise BadInput(f"{path or view.image}: the mask is empty; paint the object white, or "
+                       "remove this view")
     sx, sy = w / view.of[0], h / view.of[1]
     if abs(sx / sy - 1) > 0.02 and view.of != (1, 1):
         raise BadInput(f"{view.image}: {w}x{h}, but its camera is for {view.of[0]}x{view.of[1]}")
-    rgba = np.concatenate([image[..., :3], mask[..., None].astype(np.uint8)], -1)
     camera = np.array(view.camera, float) * [sx, sy, sx, sy]
-    return undistort(rgba, camera, view.lens), camera
+    return undistort(image, camera, view.lens), camera
 
 
 def undistort(image, camera, lens):
@@ -703,84 +625,81 @@ def resample(photos, corners, side, size):
     out = []
     for photo, (x, y) in zip(photos, corners):
         h, w = photo.shape[:2]
-        window = np.zeros((side, side, 4), np.uint8)
-        window[max(-y, 0):h - y, max(-x, 0):w - x] = photo[max(y, 0):y + side, max(x, 0):x + side]
-        planes = torch.from_numpy(window).permute(2, 0, 1)[None].float()
+        planes = torch.from_numpy(photo).permute(2, 0, 1)[None].float()
+        planes = F.pad(planes, (-x, x + side - w, -y, y + side - h))     # where negative, it cuts
         planes[:, :3] *= planes[:, 3:] / 255     # before averaging, or the background bleeds in
         out.append(F.interpolate(planes, size=(size, size), mode="bilinear", antialias=True))
     return torch.cat(out).permute(0, 2, 3, 1).round().clamp(0, 255).byte()
 
 
-def photo_object(folder, read, size, skipped):
-    """One object of one layout: RGBA (V, size, size, 4), cam2world (V, 4, 4), intrinsics (V, 4);
-    None if no view has a mask."""
+def photo_object(read, folder, size, skipped):
+    """One object of one layout, as `load` collects it; None if no view has a mask.
+
+    returns RGBA (V, size, size, 4) uint8, cam2world (V, 4, 4), intrinsics (V, 4), and two None
+    """
     try:
         views, up = read(folder, size, skipped)
     except (ValueError, LookupError, TypeError, AttributeError, OSError, struct.error) as err:
         raise BadInput(f"{folder}: its files are missing, damaged or of another layout ({err!r})")
-    if not views:
-        raise BadInput(f"{folder}: none of its photos is there")
-    kept, photos, cameras = [], [], []
-    for view in views:
-        check(view)
-        found = read_view(view)
-        if found is None:
-            skipped["views have no mask"] += 1
-            continue
-        if photos and found[0].shape != photos[0].shape:
-            raise BadInput(f"{view.image}: {found[0].shape[:2]}, but the object's other photos are "
-                           f"{photos[0].shape[:2]}: one object, one image size")
-        kept.append(view), photos.append(found[0]), cameras.append(found[1])
-    if not kept:
+    found = [(view, *one) for view in views if (one := read_view(view))]
+    skipped["views have no mask"] += len(views) - len(found)
+    if views and not found:
+        skipped["objects have no masks"] += 1
         return None
-    if len(kept) < 3:
-        raise BadInput(f"{folder}: {len(kept)} usable views; a shape needs at least 3")
-    boxes = torch.cat([mask_box(torch.from_numpy(p[None, ..., 3])) for p in photos])
+    if len(found) < 3:
+        raise BadInput(f"{folder}: {len(found)} usable views; a shape needs at least 3")
+    views, photos, cameras = zip(*found)
     height, width = photos[0].shape[:2]
+    for view, photo in zip(views, photos):
+        if photo.shape != photos[0].shape:
+            raise BadInput(f"{view.image}: {photo.shape[:2]}, but the object's other photos are "
+                           f"{height, width}: one object, one image size")
+    boxes = torch.cat([mask_box(torch.from_numpy(photo[None, ..., 3])) for photo in photos])
     largest, side = (boxes[:, 1::2] - boxes[:, ::2]).max(), max(width, height)
-    middle = torch.tensor([width, height]).expand(len(kept), 2) / 2
+    middle = torch.tensor([width, height]).expand(len(photos), 2) / 2
     if largest < 0.7 * side:                 # small in the frame: a window that follows the object
         side, middle = int(1.15 * largest), (boxes[:, 1::2] + boxes[:, ::2]) / 2
-    corner = (middle - side / 2).round().int().tolist()
-    rgba = resample(photos, corner, side, size)
-    intrinsics = torch.tensor([[fx, fy, cx - x, cy - y] for (fx, fy, cx, cy), (x, y)
-                               in zip(cameras, corner)]).float() / side
-    poses = normalize_world(rgba[..., 3], np.stack([v.pose for v in kept]), intrinsics, up, folder)
-    return rgba, poses, intrinsics
+    corner = (middle - side / 2).round().int()                       # (V, 2) left, top
+    rgba = resample(photos, corner.tolist(), side, size)
+    intrinsics = np.stack(cameras) - np.pad(corner, ((0, 0), (2, 0)))
+    intrinsics = torch.from_numpy(intrinsics).float() / side
+    poses = np.stack([view.pose for view in views])
+    poses = normalize_world(rgba[..., 3], poses, intrinsics, up, folder)
+    return rgba, poses, intrinsics, None, None
 
 
-def normalize_world(masks, poses, intrinsics, up, where):
+def normalize_world(masks, poses, intrinsics, up, folder):
     """Move, turn and scale the world so that the masks' visual hull fills the cube, y up.
 
     masks (V, S, S), poses (V, 4, 4) numpy float64 -> (V, 4, 4) float32
     """
+    def half_turn(axis):
+        return 2 * np.outer(axis, axis) / (axis @ axis) - np.eye(3)
     up = np.mean(poses[:, :3, 1], 0) if up is None else np.array(up, float)
-    x, y, z = up / np.linalg.norm(up)        # the shortest turn that takes up to (0, 1, 0)
-    a = 1 / max(1 + y, 1e-6)
-    R = np.diag([1.0, -1, -1]) if y < -0.9999 else np.array(
-        [[1 - a * x * x, -x, -a * x * z], [x, y, z], [-a * x * z, -z, 1 - a * z * z]])
+    # Two half turns are the shortest turn that takes up to y; 1e-9 is for where that is downwards.
+    between = up / np.linalg.norm(up) + [0, 1, 1e-9]
     poses = poses.copy()
-    poses[:, :3] = R @ poses[:, :3]
+    poses[:, :3] = half_turn(between) @ half_turn(up) @ poses[:, :3]
     # Rays through the middles of the masks: the point nearest to all of them.
     middle = mask_box(masks).unflatten(1, (2, 2)).mean(2).numpy() / masks.shape[1]
     fx, fy, cx, cy = intrinsics.numpy().T
     ray = np.stack([(middle[:, 0] - cx) / fx, -(middle[:, 1] - cy) / fy, -np.ones(len(fx))], 1)
-    ray /= np.linalg.norm(ray, axis=1, keepdims=True)
     ray = np.einsum("vij,vj->vi", poses[:, :3, :3], ray)
-    across = np.eye(3) - ray[:, :, None] * ray[:, None]
-    centre = np.linalg.lstsq(across.sum(0), (across @ poses[:, :3, 3:]).sum(0)[:, 0], rcond=None)[0]
-    reach = np.linalg.norm(poses[:, :3, 3] - centre, axis=1) * 0.75 / fx     # of a frame's corner
-    lo, hi = centre - np.median(reach), centre + np.median(reach)
+    across = np.eye(3) - np.stack([np.outer(r, r) / (r @ r) for r in ray])       # (V, 3, 3)
+    where = poses[:, :3, 3]
+    centre = np.linalg.lstsq(across.sum(0), np.einsum("vij,vj->i", across, where), rcond=None)[0]
+    reach = np.median(np.linalg.norm(where - centre, axis=1) / fx)
+    lo, hi = centre - 0.75 * reach, centre + 0.75 * reach            # 0.75: a frame's corner
     for _ in range(3):                       # coarse, then twice into the box that was found
         inside = hull(masks, torch.from_numpy(poses).float(), intrinsics, lo, hi)
         if not inside.any():
-            raise BadInput(f"{where}: the masks' visual hull is empty: cameras and masks disagree; "
-                           "is the camera convention (axes, world-to-camera) the layout's own?")
-        cell = (hi - lo) / inside.shape[0]
+            raise BadInput(f"{folder}: the masks' visual hull is empty: cameras and masks disagree"
+                           "; is the camera convention (axes, world-to-camera) the layout's own?")
+        cell = (hi - lo) / len(inside)
         found = inside.nonzero().numpy()
         lo, hi = lo + (found.min(0) - 1) * cell, lo + (found.max(0) + 2) * cell
     lo, hi = lo + cell, hi - cell
-    poses[:, :3, 3] = (poses[:, :3, 3] - (lo + hi) / 2) * (2 * MARGIN / (hi - lo).max())
+    poses[:, :3, 3] = (where - (lo + hi) / 2) * (2 * MARGIN / (hi - lo).max())
     return torch.from_numpy(poses).float()
 
 
@@ -792,8 +711,7 @@ def hull(masks, poses, intrinsics, lo, hi, side=48):
     seen, hits, S = torch.zeros(len(points)), torch.zeros(len(points)), masks.shape[1]
     for mask, pose, camera in zip(masks, poses, intrinsics):
         at = (project(points, pose[None], camera[None])[0] * S).floor().long()
-        front = (points - pose[:3, 3]) @ pose[:3, 2] < 0
-        frame = front & (at >= 0).all(1) & (at < S).all(1)
+        frame = ((at >= 0) & (at < S)).all(1) & ((points - pose[:3, 3]) @ pose[:3, 2] < 0)
         at = at.clamp(0, S - 1)
         seen += frame
         hits += frame & (mask[at[:, 1], at[:, 0]] > 127)
@@ -804,18 +722,16 @@ def hull(masks, poses, intrinsics, lo, hi, side=48):
 def components(mask):
     """4-connected components of masks (V, H, W) bool: int64 labels, 0 outside.
 
-    Every pixel starts with its own number; each run along rows, then columns, takes its maximum.
+    Every pixel starts with its own number; sweeps down, up, right and left take the largest along,
+    stopping at zeros, until nothing changes.
     """
     label = np.arange(1, mask.size + 1).reshape(mask.shape) * mask
+    across = label.transpose(0, 2, 1)                    # the same memory, so sweeps change label
     while True:
-        before = label
-        for axes in ((0, 1, 2), (0, 2, 1)):
-            m, flat = mask.transpose(axes), label.transpose(axes).reshape(-1)
-            start = np.ones(m.shape, bool)
-            start[..., 1:] = m[..., 1:] != m[..., :-1]
-            start = start.reshape(-1).nonzero()[0]
-            flat = np.repeat(np.maximum.reduceat(flat, start), np.diff(start, append=flat.size))
-            label = flat.reshape(m.shape).transpose(axes)
+        before = label.copy()
+        for sweep in (label, label[:, ::-1], across, across[:, ::-1]):
+            for i in range(1, sweep.shape[1]):
+                sweep[:, i] = np.maximum(sweep[:, i], sweep[:, i - 1]) * (sweep[:, i] > 0)
         if (label == before).all():
             return label
 
@@ -840,101 +756,50 @@ def coil_object(files, size, skipped):
     Its cameras were never published. OURS: a circle at elevation e, far away, so that a view is
     nearly parallel; every photo was cropped to the object's box and rescaled to 128 pixels, so the
     box's middle is where the axis is seen, and the scale follows from the object's height H, the
-    same in all views: the box is  H cos e + (part of the depth) sin e  high, and the depth is about
-    the width seen a quarter turn later.
+    same in all views: the box is  H cos e + (part of the depth) sin e  high, where the depth is
+    about the width seen a quarter turn later.
     """
-    degrees = sorted(files)
-    images = np.stack([read_image(files[d])[..., :3] for d in degrees])
-    masks = coil_masks(images)
-    if not masks.any((1, 2)).all():
+    degrees = np.array(sorted(files))
+    photos = np.stack([read_image(files[d]) for d in degrees])       # (V, S, S, 4)
+    photos[..., 3] = 255 * coil_masks(photos[..., :3])
+    if not photos[..., 3].any((1, 2)).all():
         raise BadInput(f"{files[degrees[0]]}: a view of this object is black: its mask is empty")
-    left, right, top, bottom = mask_box(torch.from_numpy(masks).byte()).numpy().T
-    width, height, S = right - left, bottom - top, images.shape[1]
-    turn = (np.array(degrees)[:, None] + 90 - degrees) % 360
+    left, right, top, bottom = mask_box(torch.from_numpy(photos[..., 3])).numpy().T
+    width, height, S = right - left, bottom - top, photos.shape[1]
+    turn = (degrees[:, None] + 90 - degrees) % 360
     later = np.minimum(turn, 360 - turn).argmin(1)               # the view nearest to + 90 degrees
-    tilt, pixel = np.radians(COIL_ELEVATION), np.ones(len(degrees))
+    a, e, pixel = np.radians(degrees), np.radians(COIL_ELEVATION), np.ones(len(degrees))
     for _ in range(50):                      # world units a pixel, H cos e = 1; contracts
-        pixel = (1 + COIL_DEPTH * np.tan(tilt) * (width * pixel)[later]) / height
+        pixel = (1 + COIL_DEPTH * np.tan(e) * (width * pixel)[later]) / height
     pixel *= 2 * MARGIN / (np.maximum(width, height) * pixel).max()
-    a = np.radians(degrees)
-    back = np.stack([np.sin(a) * np.cos(tilt), np.sin(tilt) + 0 * a, np.cos(a) * np.cos(tilt)], 1)
-    focal = COIL_DISTANCE / pixel / S
-    intrinsics = np.stack([focal, focal, (left + right) / 2 / S, (top + bottom) / 2 / S], 1)
-    rgba = np.concatenate([images, masks[..., None] * np.uint8(255)], -1)
-    rgba = resample(rgba, [(0, 0)] * len(rgba), S, size)
-    return rgba, look_at(COIL_DISTANCE * back), torch.from_numpy(intrinsics).float()
+    back = np.stack([np.sin(a) * np.cos(e), np.sin(e) + 0 * a, np.cos(a) * np.cos(e)], 1)
+    focal = COIL_DISTANCE / pixel
+    intrinsics = np.stack([focal, focal, (left + right) / 2, (top + bottom) / 2], 1) / S
+    rgba = resample(photos, [(0, 0)] * len(photos), S, size)
+    return rgba, look_at(COIL_DISTANCE * back), torch.from_numpy(intrinsics).float(), None, None
 
 
 # ---- Load ---------------------------------------------------------------------------------------
-TRANSFORMS = "transforms.json", "transforms_train.json"
-SPARSE = [f"{d}/images.{e}" for d in ("sparse/0", "sparse") for e in ("bin", "txt")]
-LAYOUTS = ("transforms.json or transforms_train.json (NeRF); rgb/ pose/ intrinsics.txt (SRN); "
-           "poses_bounds.npy with images*/ masks*/ (LLFF); sparse/0 with images/ masks/ (COLMAP, "
-           "MVImgNet); 000.png 000.npy (Objaverse renders); obj1__0.png (COIL-100)")
+LAYOUTS = [                                  # name, reader, and the files that tell it
+    ("NeRF transforms", read_transforms, *TRANSFORMS), ("SRN", read_srn, "pose/*.txt"),
+    ("LLFF", read_llff, "poses_bounds.npy"), ("COLMAP", read_colmap, *SPARSE),
+    ("Objaverse renders", read_objaverse, "???.npy")]
 
 
 def find_objects(folder, root, depth=3):
-    """All objects below a folder: (name, layout, function (size, skipped) -> RGBA, poses, ...)."""
+    """All objects below a folder: (name, layout, function (size, skipped) -> see photo_object)."""
     coil = {}
     for path in folder.glob("obj*__*.png"):
         if match := re.fullmatch(r"obj(\d+)__(\d+)", path.stem):
             coil.setdefault(int(match[1]), {})[int(match[2])] = path
     if coil:
         return [(f"obj{k}", "COIL-100", partial(coil_object, coil[k])) for k in sorted(coil)]
-    if any((folder / n).exists() for n in TRANSFORMS):
-        layout, read = "NeRF transforms", read_transforms
-    elif (folder / "rgb").is_dir() and (folder / "pose").is_dir():
-        layout, read = "SRN", read_srn
-    elif (folder / "poses_bounds.npy").exists():
-        layout, read = "LLFF", read_llff
-    elif any((folder / m).exists() for m in SPARSE):
-        layout, read = "COLMAP", read_colmap
-    elif any(p.with_suffix(".png").exists() for p in folder.glob("*.npy")):
-        layout, read = "Objaverse renders", read_objaverse
-    else:
-        return [found for sub in sorted(folder.iterdir()) if depth and sub.is_dir()
-                for found in find_objects(sub, root, depth - 1)]
-    name = folder.name if folder == root else folder.relative_to(root).as_posix()
-    return [(name, layout, partial(photo_object, folder, read))]
-
-
-def choose(names, wanted, path):
-    """Indices of the wanted names, of all if none is named."""
-    if unknown := set(wanted) - set(names):
-        raise BadInput(f"{path}: no object {', '.join(sorted(unknown))}; there are: "
-                       f"{', '.join(names[:40])}{' ...' * (len(names) > 40)}")
-    return [k for k, name in enumerate(names) if name in wanted or not wanted]
-
-
-def collect(built, names, captions, layout, skipped, shapes=None):
-    """The Dataset of N objects (RGBA, cam2world, intrinsics), nothing held out."""
-    rgba, poses, cameras = (torch.cat(parts) for parts in zip(*built))
-    index = torch.cat([torch.full((len(b[0]),), k) for k, b in enumerate(built)])
-    return Dataset(rgba[..., :3], rgba[..., 3], poses, cameras, index,
-                   torch.zeros_like(index).bool(), names, captions, layout, skipped, shapes)
-
-
-def load_photos(path, size, wanted):
-    """The Dataset of a folder of photos, whatever its layout; nothing is held out yet."""
-    folder = Path(path).resolve()
-    if not folder.is_dir():
-        raise BadInput(f"{path}: no such folder (nor is it 'synthetic')")
-    found = find_objects(folder, folder)
-    if not found:
-        raise BadInput(f"{path}: no layout recognised here or below. Known are: {LAYOUTS}")
-    skipped, built, names = Counter(), [], []
-    for k in choose([name for name, *_ in found], wanted, path):
-        name, layout, build = found[k]
-        if (one := build(size, skipped)) is None:
-            skipped["objects have no masks"] += 1
-        else:
-            built.append(one), names.append(name)
-    if not built:
-        raise BadInput(f"{path}: photos without masks: provide an alpha channel, or a folder "
-                       "masks/ beside images/ with white objects on black, of the same names")
-    layouts = dict.fromkeys(layout for _, layout, _ in found)
-    return collect(built, names, [None] * len(names), ", ".join(layouts),
-                   [f"{n} {reason}" for reason, n in skipped.items()])
+    for layout, read, *signs in LAYOUTS:
+        if any(next(folder.glob(sign), None) for sign in signs):
+            name = folder.name if folder == root else folder.relative_to(root).as_posix()
+            return [(name, layout, partial(photo_object, read, folder))]
+    return [found for sub in sorted(folder.iterdir()) if depth and sub.is_dir()
+            for found in find_objects(sub, root, depth - 1)]
 
 
 def load(source, size, holdout=6, seed=0, n_objects=128, n_views=24, objects=None):
@@ -944,16 +809,40 @@ def load(source, size, holdout=6, seed=0, n_objects=128, n_views=24, objects=Non
     seed, n_objects, n_views: of the synthetic set          objects: "obj2,obj5" keeps these only
     Raises BadInput where the folder is not what it should be.
     """
-    wanted = [w.strip() for w in objects.split(",") if w.strip()] if objects else []
     if str(source) == "synthetic":
-        dataset = load_synthetic(size, seed, n_objects, n_views, wanted)
+        layout = "synthetic: chairs, tables and vehicles of boxes and cylinders"
+        found = [(f"{k:04d}", layout, partial(synthetic_object, seed, k, n_views))
+                 for k in range(n_objects)]
+    elif (folder := Path(source).resolve()).is_dir():
+        found = find_objects(folder, folder)
     else:
-        dataset = load_photos(source, size, wanted)
-    for k in range(dataset.n_objects):
-        frames = dataset.frames_of(k)
-        if holdout and len(frames) >= holdout:
-            dataset.heldout[frames[holdout - 1::holdout]] = True
-    return dataset
+        raise BadInput(f"{source}: no such folder (nor is it 'synthetic')")
+    if not found:
+        known = "; ".join(f"{' or '.join(signs)} ({layout})" for layout, _, *signs in LAYOUTS)
+        raise BadInput(f"{source}: no layout recognised here or below. Known are: {known}; "
+                       "obj1__0.png (COIL-100)")
+    if wanted := {name.strip() for name in (objects or "").split(",")} - {""}:
+        names = [name for name, *_ in found]
+        if unknown := wanted - set(names):
+            raise BadInput(f"{source}: no object {', '.join(sorted(unknown))}; there are: "
+                           f"{', '.join(names[:40])}{' ...' * (len(names) > 40)}")
+        found = [one for one in found if one[0] in wanted]
+    skipped = Counter()
+    built = [(name, *one) for name, _, build in found if (one := build(size, skipped))]
+    if not built:
+        raise BadInput(f"{source}: photos without masks: provide an alpha channel, or a folder "
+                       "masks/ beside images/ with white objects on black, of the same names")
+    names, rgba, poses, intrinsics, captions, shapes = map(list, zip(*built))
+    n_frames = torch.tensor([len(pictures) for pictures in rgba])
+    number = torch.cat([torch.arange(1, n + 1) for n in n_frames])   # of a view in its object
+    rgba = torch.cat(rgba)
+    return Dataset(
+        rgba[..., :3], rgba[..., 3], torch.cat(poses), torch.cat(intrinsics),
+        object_index=torch.arange(len(built)).repeat_interleave(n_frames),
+        heldout=number % (holdout or len(number) + 1) == 0, names=names, captions=captions,
+        layout=", ".join(dict.fromkeys(layout for _, layout, _ in found)),
+        skipped=[f"{n} {reason}" for reason, n in skipped.items() if n],
+        shapes=None if None in shapes else shapes)
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -976,11 +865,9 @@ def plot_cameras(dataset, path):
     order = [2, 0, 1]                                    # matplotlib's vertical axis is its third
     length = 0.25 * where.norm(dim=1).mean().item()
     axes.quiver(*where[:, order].T, *ahead[:, order].T, length=length, linewidth=0.6)
-    ends = torch.cartesian_prod(*[torch.tensor([-1., 1])] * 3)
-    for a in ends:
-        for b in ends:
-            if (a != b).sum() == 1:
-                axes.plot(*torch.stack([a, b])[:, order].T, color="black", linewidth=0.8)
+    for a, b in itertools.combinations(CORNERS[:, order], 2):
+        if (a != b).sum() == 1:                          # an edge of the cube
+            axes.plot(*torch.stack([a, b]).T, color="black", linewidth=0.8)
     axes.set(xlabel="z", ylabel="x", zlabel="y (up)", title="cameras look at the cube [-1, 1]^3")
     axes.set_aspect("equal")
     axes.figure.savefig(path, dpi=110)
@@ -1003,8 +890,8 @@ def describe(dataset):
     yield (f"views     {len(where)}: {views.min()} to {views.max()} an object; "
            f"{d.heldout.sum()} held out")
     yield f"size      {S} x {S}"
-    yield f"cameras   distance {span(distance)}, elevation {span(elevation)} degrees, field of view"
-    yield f"          {span(fov)} degrees; {seen:.0f} % have the cube's middle in frame"
+    yield f"cameras   distance {span(distance)}, elevation {span(elevation)} degrees,"
+    yield f"          field of view {span(fov)} degrees; {seen:.0f} % see the cube's middle"
     yield f"masks     cover {span(cover)} % of a frame"
     yield f"captions  {d.captions[0] or 'none'}"
     for line in d.skipped or ["nothing"]:
