@@ -1,4 +1,4 @@
-"""Photos or made-up objects in; one Dataset out: square frames, masks, cameras, object indices.
+"""Photos, clips or made-up objects in; one Dataset out: square frames, masks, cameras, indices.
 
 Paper:      Sec. 3.1 (2D images with masks and cameras are all that the method sees), Sec. 4.1.
 Shapes:     F frames, S image side, N objects, V views of one object, P primitives, K points.
@@ -79,6 +79,8 @@ class Dataset:
     layout: str                  # one line: what was detected
     skipped: list                # one line per reason, with counts
     shapes: list = None          # synthetic only: N lists of Primitive
+    truth: dict = None           # puppets only, for scoring: see puppet_object
+    moving: bool = False         # what is seen moves, cam2world and intrinsics tell nothing
 
     @property
     def n_objects(self):
@@ -119,15 +121,17 @@ COLOURS = dict(red=(.80, .16, .14), orange=(.92, .50, .12), yellow=(.93, .82, .2
                white=(.88, .88, .86), brown=(.45, .28, .16))
 BLACK, GLASS = (.07, .07, .08), (.50, .68, .78)
 LIGHT = torch.tensor([0.48, 0.72, 0.50])         # unit length, from the object to the light
-SIDES = dict(box=torch.eye(3), cylinder=torch.tensor([[1., 0, 1], [0, 1, 0]]))   # see Primitive
+SIDES = dict(box=torch.eye(3), cylinder=torch.tensor([[1., 0, 1], [0, 1, 0]]),   # see Primitive
+             ball=torch.ones(1, 3))
 CORNERS = torch.cartesian_prod(*[torch.tensor([-1., 1.])] * 3)           # (8, 3) of the cube
 
 
 @dataclass
 class Primitive:
-    """A box, or a cylinder about its own y axis: x = centre + rotation @ (half * unit), where
-    SIDES[kind] @ unit^2 <= 1: x^2, y^2 and z^2 for a box, x^2 + z^2 and y^2 for a cylinder."""
-    kind: str                    # "box" or "cylinder"
+    """A box, a cylinder about its own y axis or a ball: x = centre + rotation @ (half * unit),
+    where SIDES[kind] @ unit^2 <= 1: x^2, y^2 and z^2 for a box, x^2 + z^2 and y^2 for a cylinder,
+    x^2 + y^2 + z^2 for a ball."""
+    kind: str                    # "box", "cylinder" or "ball"
     centre: Tensor               # (3,)
     half: Tensor                 # (3,) half sides; a cylinder's x and z are its radius
     colour: tuple                # rgb in [0, 1]
@@ -148,29 +152,35 @@ def cylinder(centre, radius, half_height, colour, lying=False):
     return Primitive("cylinder", torch.tensor(centre).float(), half, colour, R)
 
 
+def ball(centre, half, colour):
+    """An upright ellipsoid of half axes `half`."""
+    return replace(box(centre, half, colour), kind="ball")
+
+
 def corners(part):
     """(8, 3) corners of the primitive's own box, in the world."""
     return part.centre + (CORNERS * part.half) @ part.rotation.T
 
 
 def to_unit(part, points):
-    """Points (n, 3) in the primitive's coordinates: it is [-1, 1]^3 or the unit cylinder."""
+    """Points (n, 3) in the primitive's coordinates: it is [-1, 1]^3, or round in it."""
     return (points - part.centre) @ part.rotation / part.half
 
 
 def hit(part, o, d):
     """Distance t (n,) at which rays o + t d, (n, 3) each, enter the primitive; inf for a miss.
 
-    In unit coordinates a ray is still a line with the same t, so a box is three slabs and a
-    cylinder one slab and one quadratic: it is hit where the last entry precedes the first exit.
+    In unit coordinates a ray is still a line with the same t, so a box is three slabs, and what is
+    round is one slab and one quadratic: it is hit where the last entry precedes the first exit.
     """
     o, d = to_unit(part, o), d @ part.rotation / part.half
     d = torch.where(d == 0, 1e-9, d)
     step = 1 / d
     enter, leave = -o * step - step.abs(), -o * step + step.abs()    # (n, 3) of the three slabs
-    if part.kind == "cylinder":
-        a, b = d[:, 0] ** 2 + d[:, 2] ** 2, o[:, 0] * d[:, 0] + o[:, 2] * d[:, 2]
-        root = b ** 2 - a * (o[:, 0] ** 2 + o[:, 2] ** 2 - 1)
+    if part.kind != "box":
+        bent = SIDES[part.kind][0] > 0                               # a ball's slab cuts nothing
+        a, b = (d[:, bent] ** 2).sum(1), (o * d)[:, bent].sum(1)
+        root = b ** 2 - a * ((o[:, bent] ** 2).sum(1) - 1)
         root = torch.where(root < 0, -torch.inf, root.clamp(min=0).sqrt())   # a miss never enters
         enter = torch.stack([(-b - root) / a, enter[:, 1]], 1)       # side, caps
         leave = torch.stack([(-b + root) / a, leave[:, 1]], 1)
@@ -185,34 +195,42 @@ def normal_at(part, points):
     return F.normalize(normal / part.half @ part.rotation.T, dim=1)
 
 
-def raytrace(parts, cam2world, intrinsics, size, supersample=3):
-    """Exact picture of the primitives: (V, size, size, 4) in [0, 1], colour x alpha, and alpha.
+def raytrace(parts, cam2world, intrinsics, size, supersample=3, moves=None, ambient=0.65):
+    """Exact picture of P primitives: (V, size, size, 4) in [0, 1], colour x alpha, and alpha; and
+    which of them each ray met: (V, n, n) int64, -1 none, where n = size supersample.
 
+    moves (V, P, 4, 4): the rigid motion of each part in each view; None: all stay. A part that
+    moved by M is seen from camera C as the unmoved one is from M^-1 C: so all views go at once.
     Lambert shading under one light fixed in the world, with enough ambient that no face is black:
-    the colour of a point is the same from everywhere, as the paper's volumes assume.
+    the colour of a point is the same from everywhere, as the paper's volumes assume (what moves
+    breaks that, and the less the nearer ambient is to 1).
     """
     V, n = len(cam2world), size * supersample
     u = (torch.arange(n) + 0.5) / n                                  # pixel centres
     fx, fy, cx, cy = intrinsics[:, :, None, None].unbind(1)          # (V, 1, 1)
-    d = torch.stack(torch.broadcast_tensors((u - cx) / fx, -(u[:, None] - cy) / fy,
-                                            torch.tensor(-1.)), -1)  # (V, n, n, 3) y, x
-    d = (d.reshape(V, -1, 3) @ cam2world[:, :3, :3].mT).reshape(-1, 3)
-    o = cam2world[:, :3, 3].repeat_interleave(n * n, dim=0)          # (V n n, 3), as d
-    nearest = torch.full((V * n * n,), torch.inf)
+    local = torch.stack(torch.broadcast_tensors((u - cx) / fx, -(u[:, None] - cy) / fy,
+                                                torch.tensor(-1.)), -1).reshape(-1, 3)   # v, y, x
+    nearest, which = torch.full((V * n * n,), torch.inf), torch.full((V * n * n,), -1)
     rgb = torch.zeros(V * n * n, 3)
-    for part in parts:
+    moves = torch.eye(4).expand(V, len(parts), 4, 4) if moves is None else moves
+    for i, part in enumerate(parts):
+        pose, light = moves[:, i].inverse() @ cam2world, LIGHT @ moves[:, i, :3, :3]
         # Only the rays inside the rectangle around the part's corners: some 10x fewer.
-        lo, hi = project(corners(part), cam2world, intrinsics).aminmax(dim=1)        # (V, 2)
+        lo, hi = project(corners(part), pose, intrinsics).aminmax(dim=1)             # (V, 2)
         inside = (u >= lo[..., None]) & (u <= hi[..., None])         # (V, 2, n)
         rays = (inside[:, 1, :, None] & inside[:, 0, None, :]).reshape(-1).nonzero()[:, 0]
-        t = hit(part, o[rays], d[rays])
+        view = rays // (n * n)
+        o, d = pose[view, :3, 3], (pose[view, :3, :3] * local[rays, None]).sum(-1)
+        t = hit(part, o, d)
         front = t < nearest[rays]
-        rays, t = rays[front], t[front]
-        normal = normal_at(part, o[rays] + t[:, None] * d[rays])
-        nearest[rays] = t
-        rgb[rays] = (0.65 + 0.35 * normal @ LIGHT)[:, None] * torch.tensor(part.colour).float()
-    rgba = torch.cat([rgb, nearest.isfinite()[:, None]], 1).reshape(V, n, n, 4)
-    return rgba.reshape(V, size, supersample, size, supersample, 4).mean((2, 4))
+        rays, view, t = rays[front], view[front], t[front]
+        normal = normal_at(part, o[front] + t[:, None] * d[front])
+        shade = ambient + (1 - ambient) * (normal * light[view]).sum(1)
+        nearest[rays], which[rays] = t, i
+        rgb[rays] = shade[:, None] * torch.tensor(part.colour).float()
+    rgba = torch.cat([rgb, nearest.isfinite()[:, None]], 1)
+    rgba = rgba.reshape(V, size, supersample, size, supersample, 4).mean((2, 4))
+    return rgba, which.reshape(V, n, n)
 
 
 def sample_surface(parts, n, rng):
@@ -329,17 +347,24 @@ def make_vehicle(rng):
     return parts, f"{name} {kind}", load + ["black wheels"]
 
 
-def synthetic_cameras(n_views, rng):
-    """Cameras on a sphere of radius 4 looking at 0: cam2world (V, 4, 4), intrinsics (V, 4)."""
+def synthetic_cameras(n_views, rng, arc=0.0):
+    """Cameras on a sphere of radius 4 looking at 0: cam2world (V, 4, 4), intrinsics (V, 4).
+
+    arc: degrees; then they go from -arc to arc round the front, one step a view, 12 away.
+    """
     azimuth = (np.arange(n_views) + rng.random(n_views)) / n_views * 2 * np.pi     # stratified
-    elevation = np.radians(rng.uniform(-5, 50, n_views))
-    where = 4 * np.stack([np.sin(azimuth) * np.cos(elevation), np.sin(elevation),
-                          np.cos(azimuth) * np.cos(elevation)], 1)
+    elevation, distance = np.radians(rng.uniform(-5, 50, n_views)), 4
+    if arc:
+        azimuth = np.radians(np.linspace(-arc, arc, n_views))
+        elevation, distance = np.radians(15) + 0 * azimuth, 12
+    where = distance * np.stack([np.sin(azimuth) * np.cos(elevation), np.sin(elevation),
+                                 np.cos(azimuth) * np.cos(elevation)], 1)
     # A sphere of radius 1.25 seen from 4 spans 2 tan(asin(1.25 / 4)) = 0.658 at unit depth: 95 %.
-    return look_at(where), torch.tensor([[1.45, 1.45, 0.5, 0.5]]).repeat(n_views, 1)
+    f = 1.45 * distance / 4
+    return look_at(where), torch.tensor([[f, f, 0.5, 0.5]]).repeat(n_views, 1)
 
 
-def synthetic_object(seed, k, n_views, size, skipped):
+def synthetic_object(arc, seed, k, n_views, size, skipped):
     """Object k, whatever their number, as `load` collects it; families take turns."""
     rng = np.random.default_rng([seed, k])
     parts, noun, details = (make_chair, make_table, make_vehicle)[k % 3](rng)
@@ -352,9 +377,131 @@ def synthetic_object(seed, k, n_views, size, skipped):
     centre = (lo + hi) / 2
     scale = min(MARGIN / (hi - lo).max() * 2, 1.25 / (points - centre).norm(dim=1).max())
     parts = [replace(p, centre=(p.centre - centre) * scale, half=p.half * scale) for p in parts]
-    poses, intrinsics = synthetic_cameras(n_views, rng)
-    rgba = (raytrace(parts, poses, intrinsics, size) * 255).round().byte()
-    return rgba, poses, intrinsics, caption, parts
+    poses, intrinsics = synthetic_cameras(n_views, rng, arc)
+    rgba, _ = raytrace(parts, poses, intrinsics, size)
+    return (rgba * 255).round().byte(), poses, intrinsics, caption, parts
+
+
+# ---- Synthetic: puppets -------------------------------------------------------------------------
+PARTS = "head", "torso", "left arm", "right arm", "left leg", "right leg"
+HAIR = dict(black=(.10, .09, .09), brown=(.36, .21, .11), blond=(.90, .75, .40),
+            ginger=(.75, .33, .10), grey=(.62, .62, .64))
+SKIN = (.96, .78, .66), (.85, .62, .46), (.62, .41, .28), (.50, .33, .24)
+PINK, CYAN = (.95, .42, .66), (.20, .74, .82)    # left and right: no shirt has these
+
+
+def make_head(y, r, skin, hair):
+    """A head at height y: hair on top and behind; nose, mouth and two eyes in front."""
+    eyes = [ball((s * .4 * r, y + .05 * r, .86 * r), (.18 * r, .24 * r, .15 * r), BLACK)
+            for s in (1, -1)]
+    return eyes + [ball((0, y, 0), (r, 1.2 * r, r), skin),
+                   ball((0, y + .35 * r, -.25 * r), (1.06 * r, 1.05 * r, r), hair),
+                   ball((0, y - .25 * r, r), (.2 * r, .2 * r, .2 * r), skin),
+                   box((0, y - .62 * r, .8 * r), (.36 * r, .11 * r, .12 * r), (.70, .14, .16))]
+
+
+def make_puppet(rng):
+    """Six lists of Primitive in the order of PARTS, at rest; joints (6, 3); caption.
+
+    At rest it stands on y = -0.85, looks along +z and lets its arms hang; its left is at +x.
+    OURS: colours differ, their roles do not (eyes in front, pink left, cyan right): with unrelated
+    colours the body's yaw could not be learned from pictures.
+    """
+    def jitter(rgb):
+        return tuple(np.clip(np.add(rgb, rng.uniform(-.05, .05, 3)), .05, .97))
+    hair = str(rng.choice(list(HAIR)))
+    (shirt, top), (trousers, low) = pick_colours(rng, 2)
+    skin, sides = jitter(SKIN[rng.integers(len(SKIN))]), [jitter(c) for c in (PINK, CYAN)]
+    hip, shoulder = rng.uniform(-.26, -.16), rng.uniform(.18, .24)
+    x, r = rng.uniform(.22, .28), rng.uniform(.23, .26)      # half of the shoulders, of the head
+    thick, arm = rng.uniform(.055, .075), rng.uniform(.48, .56)
+    leg, middle, chin = hip + .85, (hip + shoulder) / 2, shoulder + .07          # feet at -.85
+    chest, half = (shoulder + middle) / 2, (shoulder - hip) / 2
+    torso = [cylinder((0, chin, 0), .08, .07, skin),
+             ball((0, middle + .03, 0), (x, half + .05, .20), top),
+             ball((0, hip + .02, 0), (.95 * x, .14, .19), low),
+             box((0, chest, .17), (.07, .07, .03), (.14, .12, .20))]
+    # A vest that is open in front: what is seen of its two halves tells how far the body turned.
+    torso += [ball((s * .45 * x, middle + .03, -.02), (.62 * x, half + .03, .18), side)
+              for s, side in zip((1, -1), sides)]
+    head = make_head(chin + 1.15 * r, r, skin, jitter(HAIR[hair]))
+    parts, joints = [head, torso], [(0, chin, 0), (0, hip, 0)]
+    for at, side in zip((x + .03, -x - .03), sides):
+        sleeve, hand = thick + .02, shoulder - .93 * arm
+        parts.append([ball((at, shoulder - .25 * arm, 0), (sleeve, .29 * arm, sleeve), side),
+                      ball((at, shoulder - .68 * arm, 0), (thick, .27 * arm, thick), skin),
+                      ball((at, hand, 0), (.07, .085, .07), side)])
+        joints.append((at, shoulder - .03, 0))
+    for at, side in zip((.52 * x, -.52 * x), sides):
+        parts.append([ball((at, hip - .25 * leg, 0), (thick + .04, .33 * leg, thick + .04), low),
+                      ball((at, hip - .65 * leg, 0), (thick + .02, .30 * leg, thick + .02), low),
+                      cylinder((at, -.73, 0), thick + .01, .05, (.9, .9, .88)),
+                      ball((at, -.79, .04), (.075, .06, .13), side)])
+        joints.append((at, hip, 0))
+    caption = f"a puppet with {hair} hair, a {shirt} shirt and {trousers} trousers"
+    return parts, torch.tensor(joints).float(), caption.replace("a orange", "an orange")
+
+
+def turn(x, y, z):
+    """Rotations (n, 3, 3) by angles (n,) about x, then z, then y: pitch, roll, yaw."""
+    def about(axis, a):
+        R = torch.eye(3).repeat(len(a), 1, 1)
+        R[:, 1, 1], R[:, 1, 2], R[:, 2, 1], R[:, 2, 2] = a.cos(), -a.sin(), a.sin(), a.cos()
+        return R.roll((axis, axis), (1, 2))
+    return about(1, y) @ about(2, z) @ about(0, x)
+
+
+def move_puppet(joints, n, rng):
+    """How a puppet moves in n frames: yaw (n,), angles (n, 4) of the limbs, radians, and poses
+    (n, 6, 4, 4): each part's rigid motion from rest. Every part turns about its joint, then the
+    whole body about 0, within +-45 degrees to both sides: one camera in front sees no more.
+    """
+    def wave(pace=3):                # (n,) from -1 to 1: two sines of random pace and phase
+        t = np.linspace(0, 2 * np.pi, n)
+        x = sum(a * np.sin(rng.uniform(p, 1.5 * p) * t + rng.uniform(0, 2 * np.pi))
+                for a, p in ((1, pace), (.5, 2 * pace)))
+        return torch.from_numpy(2 * (x - x.min()) / max(np.ptp(x), 1e-9) - 1).float()
+    def swing(lo, hi, pace=3):       # (n,) radians between two angles in degrees, reaching both
+        return torch.deg2rad(lo + (hi - lo) / 2 * (1 + wave(pace)))
+    # All else is three times as fast as the body turns: over a clip the two are uncorrelated, so
+    # what an arm does, or a step aside, cannot be mistaken for a turn.
+    yaw, still = swing(-45, 45, pace=1), torch.zeros(n)
+    up, out, step = [[swing(*span) for _ in "lr"] for span in ((0, 100), (0, 8), (-25, 25))]
+    local = torch.stack([
+        turn(swing(-8, 8), swing(-10, 10), still), turn(still, still, still),
+        turn(-swing(0, 40), still, up[0]), turn(-swing(0, 40), still, -up[1]),
+        turn(-step[0], still, out[0]), turn(-step[1], still, -out[1])], 1)       # (n, 6, 3, 3)
+    body, part = torch.eye(4).repeat(n, 1, 1, 1), torch.eye(4).repeat(n, 6, 1, 1)
+    body[:, 0, :3, :3] = turn(swing(-4, 4), yaw, swing(-3, 3))
+    body[:, 0, 0, 3] = 0.03 * wave()
+    part[..., :3, :3] = local
+    part[..., :3, 3] = joints - (local @ joints[..., None])[..., 0]
+    return yaw, torch.stack(up + step, 1), body @ part
+
+
+def fixed_camera(n, distance=12.0, view=0.175):
+    """n times the camera in front, its field of view in radians: cam2world, intrinsics."""
+    f = 0.5 / np.tan(view / 2)
+    return (look_at([[0, 0, distance]]).repeat(n, 1, 1),
+            torch.tensor([[f, f, 0.5, 0.5]]).float().repeat(n, 1))
+
+
+def puppet_object(seed, k, n_views, size, skipped):
+    """Puppet k, whatever their number, as `load` collects it: a clip from one fixed camera.
+
+    Its truth, for scoring only: yaw (V,) and angles (V, 4), radians (arms raised sideways, legs
+    forward: left arm, right arm, left leg, right leg); poses (V, 6, 3, 4) of PARTS from rest to
+    the frame; parts (V, S, S) uint8, 1 + the part at the pixel's centre, 0 for none.
+    """
+    rng = np.random.default_rng([seed, 1000 + k])
+    parts, joints, caption = make_puppet(rng)
+    yaw, angles, moves = move_puppet(joints, n_views, rng)
+    pose, camera = fixed_camera(n_views)
+    of = torch.tensor([i for i, part in enumerate(parts) for _ in part])
+    rgba, which = raytrace(sum(parts, []), pose, camera, size, 3, moves[:, of], ambient=0.85)
+    label = torch.cat([of + 1, torch.tensor([0])])[which[:, 1::3, 1::3]]         # -1 is the last
+    truth = dict(yaw=yaw, angles=angles, poses=moves[..., :3, :], parts=label.byte())
+    return (rgba * 255).round().byte(), pose, camera, caption, truth
 
 
 # ---- Cameras ------------------------------------------------------------------------------------
@@ -430,6 +577,12 @@ def read_image(path):
         raise BadInput(f"{path}: missing, truncated or not an image ({err})")
 
 
+def photos_in(folder):
+    """The photos in its folder images/, or else right in it, by name; [] where it is no folder."""
+    paths = [*folder.glob("images/*")] or folder.glob("*")
+    return sorted(path for path in paths if path.suffix.lower() in PHOTOS)
+
+
 def find_mask(image):
     """The mask of images/a.jpg: masks/a.jpg, masks/a.png or masks/a.jpg.png, or None."""
     folders = image.parent.name.replace("image", "mask"), "masks", "mask"
@@ -437,6 +590,17 @@ def find_mask(image):
     paths = [image.parent.parent / folder / name for folder in folders for name in names
              if folder != image.parent.name]
     return next((path for path in paths if path.exists()), None)
+
+
+def read_masked(path, mask=None):
+    """(H, W, 4) uint8 of a photo; alpha is its mask, if one is given or found beside it."""
+    image = read_image(path)
+    if mask := mask or find_mask(path):
+        alpha = read_image(mask)[..., :3].max(-1)
+        if alpha.shape != image.shape[:2]:
+            raise BadInput(f"{mask}: mask of {alpha.shape} pixels, photo of {image.shape[:2]}")
+        image[..., 3] = 255 * (alpha > 127)
+    return image
 
 
 # Readers, one per layout: (folder, size, skipped) -> the object's views and the world's up vector,
@@ -478,9 +642,8 @@ def read_srn(folder, size, skipped):
 def read_llff(folder, size, skipped):
     """LLFF: poses_bounds.npy, a row a photo in the order of their names."""
     # The smallest copy of the photos (images, images_4, images_8 ...) that is still large enough.
-    folders = [sorted(p for p in d.glob("*") if p.suffix.lower() in PHOTOS)
-               for d in folder.glob("images*")]
-    copies = sorted((min(read_image(photos[0]).shape[:2]), photos) for photos in folders if photos)
+    copies = sorted((min(read_image(photos[0]).shape[:2]), photos)
+                    for copy in folder.glob("images*") if (photos := photos_in(copy)))
     if not copies:
         raise BadInput(f"{folder}: poses_bounds.npy, but no photos in images or images_8")
     photos = next((photos for side, photos in copies if side >= size), copies[-1][1])
@@ -571,21 +734,15 @@ def read_objaverse(folder, size, skipped):
 # ---- Photos: one path for all layouts -----------------------------------------------------------
 def read_view(view):
     """RGBA (H, W, 4) uint8 without lens distortion and camera in its pixels; None: no mask."""
-    image = read_image(view.image)
+    image = read_masked(view.image, view.mask)
     h, w = image.shape[:2]
-    path = view.mask or find_mask(view.image)
-    if path:
-        mask = read_image(path)[..., :3].max(-1)
-        if mask.shape != (h, w):
-            raise BadInput(f"{path}: mask is {mask.shape[1]}x{mask.shape[0]}, photo {w}x{h}")
-        image[..., 3] = 255 * (mask > 127)
-    elif image[..., 3].min() == 255:         # no alpha channel of its own
+    if image[..., 3].min() == 255:           # neither a mask nor an alpha channel of its own
         if not view.white:
             return None
         image[..., 3] = 255 * (image[..., :3].min(-1) < 250)
     if image[..., 3].max() == 0:
-        raise BadInput(f"{path or view.image}: the mask is empty; paint the object white, or "
-                       "remove this view")
+        raise BadInput(f"{view.image}: its mask is empty; paint the object white, or remove this "
+                       "view")
     sx, sy = w / view.of[0], h / view.of[1]
     if abs(sx / sy - 1) > 0.02 and view.of != (1, 1):
         raise BadInput(f"{view.image}: {w}x{h}, but its camera is for {view.of[0]}x{view.of[1]}")
@@ -736,14 +893,19 @@ def components(mask):
             return label
 
 
+def fill_holes(mask, largest=np.inf):
+    """Masks (V, H, W) bool with their holes filled, those of at most `largest` pixels."""
+    label = components(np.pad(~mask, ((0, 0), (1, 1), (1, 1)), constant_values=True))
+    hole = (label != label[:, :1, :1]) & (np.bincount(label.ravel()) <= largest)[label]
+    return mask | hole[:, 1:-1, 1:-1]
+
+
 def coil_masks(images, threshold=COIL_THRESHOLD[0]):
     """Masks (V, H, W) bool of photos (V, H, W, 3): brighter than the background's 25 to 27 of 255;
     the largest component, with its holes filled (dark parts of the object)."""
     label = components(images.max(-1) > threshold)
     area = np.bincount(label.reshape(-1))[label] * (label > 0)
-    object = (area == area.max((1, 2), keepdims=True)) & (label > 0)
-    label = components(np.pad(~object, ((0, 0), (1, 1), (1, 1)), constant_values=True))
-    mask = (label != label[:, :1, :1])[:, 1:-1, 1:-1]
+    mask = fill_holes((area == area.max((1, 2), keepdims=True)) & (label > 0))
     flooded = mask[:, ::mask.shape[1] - 1, ::mask.shape[2] - 1].all((1, 2))      # all four corners
     if flooded.any() and threshold != COIL_THRESHOLD[1]:
         mask[flooded] = coil_masks(images[flooded], COIL_THRESHOLD[1])
@@ -779,6 +941,126 @@ def coil_object(files, size, skipped):
     return rgba, look_at(COIL_DISTANCE * back), torch.from_numpy(intrinsics).float(), None, None
 
 
+# ---- Clips: somebody moves before a fixed camera ------------------------------------------------
+VIDEOS = (".mp4", ".gif", ".webm", ".avi", ".mov")
+SHADOW = 0.78, 1.05              # in shadow a wall keeps this share of its brightness, and its hue
+LIMIT = 9                        # of 255, or 7 x noise: less brings back Weizmann's shadows
+OUTLIER = 2.4                    # standard deviations of the wall; at 3 light trousers are lost
+
+
+def find_clips(folder, clip_filter):
+    """The clips in a folder, as find_objects returns objects: videos, folders of frames and, if it
+    has no other photos, strips of at least 4 square frames side by side."""
+    if any((folder / name).is_dir() for name in ("images", "masks", "rgb")):     # half a layout
+        return []
+    photos = photos_in(folder)
+    shapes = (read_image(photo).shape for photo in photos)
+    strips = photos if all(w >= 4 * h and w % h == 0 for h, w, _ in shapes) else []
+    return [(p.name if p.is_dir() else p.stem, CLIPS, partial(clip_object, p, clip_filter))
+            for p in sorted(folder.iterdir())
+            if p.suffix.lower() in VIDEOS or p in strips or photos_in(p)]
+
+
+def read_frames(path):
+    """A clip's frames (H, W, 3 or 4) uint8, one by one: a video need not fit in memory."""
+    if path.is_dir():
+        yield from map(read_masked, photos_in(path))
+    elif path.suffix.lower() in PHOTOS:
+        strip = read_image(path)
+        yield from np.split(strip, strip.shape[1] // len(strip), 1)
+    else:
+        how = dict(mode="RGBA") if path.suffix.lower() == ".gif" else dict(plugin="FFMPEG")
+        try:
+            yield from iio.imiter(path, **how)
+        except Exception as err:         # as in read_image
+            raise BadInput(f"{path}: not a readable video: re-encode it, or give its frames as a "
+                           f"folder of PNGs ({' '.join(str(err).split())[-100:]})")
+
+
+def read_clip(path, side):
+    """Frames (V, h, w, 4) uint8, alpha 255 where a clip has no masks; both sides are divided by a
+    whole number, so that the shorter one is still at least `side`."""
+    frames, sizes = [], set()
+    for frame in read_frames(path):
+        h, w, channels = frame.shape
+        frame = np.pad(frame, ((0, 0), (0, 0), (0, 4 - channels)), constant_values=255)
+        k = max(1, min(h, w) // side)
+        frame = frame[:h // k * k, :w // k * k].reshape(h // k, k, w // k, k, 4)
+        frames.append(frame.mean((1, 3)).round().astype(np.uint8))
+        sizes.add(f"{w}x{h}")
+    if len(frames) < 2 or len(sizes) > 1:
+        raise BadInput(f"{path}: {len(frames)} frame(s) of {' and '.join(sorted(sizes))}: a clip "
+                       "has at least 2, all of one size")
+    return np.stack(frames)
+
+
+def subtract_background(frames, path):
+    """Masks (V, H, W) bool of who moves before a plain, unmoving wall; frames (V, H, W, 3) uint8.
+
+    OURS: the median over time fails where a person stands still. So, first, the wall's colour in
+    each row, from the picture's edges, and its covariance there (brightness varies more than hue);
+    then, in rounds, each pixel's own background where it is free in over 15 % of the frames, else
+    its neighbours' in the row.
+    """
+    x, still = frames.astype(np.float32), np.median(frames, 0)
+    change = np.abs(x - still).max(-1)
+    noise = 1.4826 * np.median(change)
+    limit = max(7 * noise, LIMIT)
+    if (change > limit).mean() < 1e-3:
+        raise BadInput(f"{path}: nothing moves, so the background cannot be told: give masks, as "
+                       "alpha or in a folder masks/ beside images/")
+    e = max(2, round(0.15 * frames.shape[2]))
+    edges = np.concatenate([still[:, :e], still[:, -e:]], 1)                     # (H, 2 e, 3)
+    back = np.median(edges, 1, keepdims=True).astype(np.float32)                 # (H, 1, 3)
+    spread = np.cov((edges - back).reshape(-1, 3).T) + max(noise, 2) ** 2 * np.eye(3)
+    whiten = np.linalg.cholesky(np.linalg.inv(spread)).astype(np.float32) / OUTLIER
+    far = np.linalg.norm((x - back) @ whiten, axis=-1)                           # (V, H, W)
+    for _ in range(3):
+        free, known = far < 1, (far < 1).mean(0) > 0.15                          # (H, W)
+        seen = np.sort(np.where(free[..., None], frames, np.uint8(255)), 0)
+        # The 75 % quantile: for half of the time a shadow may lie there.
+        at = (0.75 * (free.sum(0) - 1)).clip(0).astype(int)[None, ..., None]
+        back = np.take_along_axis(seen, at, 0)[0].astype(np.float32)             # (H, W, 3)
+        for row, ok in zip(back, known):
+            if ok.any():
+                row.T[:] = [np.interp(range(len(ok)), *np.nonzero(ok), c[ok]) for c in row.T]
+        share = ((x * back).sum(-1) / (back * back).sum(-1).clip(1)).clip(*SHADOW)
+        near = np.linalg.norm(x - share[..., None] * back, axis=-1) / limit
+        odd = np.linalg.norm((x - back) @ whiten, axis=-1)
+        odd = np.median([np.roll(odd, i, 1) for i in (-1, 0, 1)], 0)     # a row may be wrong
+        far = np.where(known, near, odd)
+    label = components(far > 1)
+    area = np.bincount(label.ravel())[label] * (label > 0)
+    specks = area <= 0.1 * area.max((1, 2), keepdims=True)
+    return fill_holes(~specks, 0.05 * area.max())                    # an arm may enclose wall
+
+
+def clip_object(path, clip_filter, size, skipped):
+    """One clip, as photo_object returns it. PAPER, clip_filter: drop 10 % of the frames at either
+    end, those under 25 % foreground, and a clip, then None, that has under 4 left."""
+    frames = read_clip(path, 2 * size)
+    if clip_filter:
+        frames = frames[len(frames) // 10:len(frames) - len(frames) // 10]
+    if frames[..., 3].min() == 255:
+        frames[..., 3] = 255 * subtract_background(frames[..., :3], path)
+    masks = torch.from_numpy(frames[..., 3])
+    if (empty := (masks.amax((1, 2)) <= 127).sum()) > len(masks) - 2:
+        raise BadInput(f"{path}: nothing stands before the background in {empty} of its "
+                       f"{len(masks)} frames: film before a plain wall, or give masks")
+    # One square for the whole clip: the camera did not move, so the crop must not either.
+    left, right, top, bottom = mask_box(masks.amax(0)[None])[0].tolist()
+    side = round(max((bottom - top) / 0.9, (right - left) / 0.95))
+    corner = round((left + right - side) / 2), round((top + bottom - side) / 2)
+    rgba = resample(frames, [corner] * len(frames), side, size)
+    cover = rgba[..., 3].float().mean((1, 2)) / 255
+    keep, why = (cover >= 0.25, "under 25 % foreground") if clip_filter else (cover > 0, "empty")
+    skipped[f"frames are {why}"] += int((~keep).sum())
+    if clip_filter and keep.sum() < 4:
+        skipped["clips have under 4 frames left"] += 1
+        return None
+    return rgba[keep], *fixed_camera(int(keep.sum())), None, None
+
+
 # ---- Load ---------------------------------------------------------------------------------------
 LAYOUTS = [                                  # name, reader, and the files that tell it
     ("NeRF transforms", read_transforms, *TRANSFORMS), ("SRN", read_srn, "pose/*.txt"),
@@ -802,25 +1084,49 @@ def find_objects(folder, root, depth=3):
             for found in find_objects(sub, root, depth - 1)]
 
 
-def load(source, size, holdout=6, seed=0, n_objects=128, n_views=24, objects=None):
-    """The Dataset of "synthetic" or of a folder of photos, as square images of side `size`.
+MOVING = PUPPETS, CLIPS = ("puppets: articulated people before one camera, a clip each",
+                           "clips: one object each, its camera unknown")
 
-    holdout: every n-th view of an object is held out, 0: none, nor where there are fewer views
-    seed, n_objects, n_views: of the synthetic set          objects: "obj2,obj5" keeps these only
+
+def find(source, seed, n_objects, n_views, arc, clip_filter):
+    """What `load` is to build: (name, layout, function (size, skipped) -> see photo_object)."""
+    made = dict(puppets=(PUPPETS, puppet_object), synthetic=(
+        "synthetic: chairs, tables and vehicles of boxes and cylinders",
+        partial(synthetic_object, arc)))
+    if str(source) in made:
+        layout, make = made[str(source)]
+        return [(f"{k:04d}", layout, partial(make, seed, k, n_views)) for k in range(n_objects)]
+    folder = Path(source).resolve()
+    if not folder.is_dir():
+        raise BadInput(f"{source}: no such folder (nor is it 'synthetic' or 'puppets')")
+    if found := find_objects(folder, folder) or find_clips(folder, clip_filter):
+        return found
+    known = "; ".join(f"{' or '.join(signs)} ({layout})" for layout, _, *signs in LAYOUTS)
+    raise BadInput(f"{source}: no layout recognised here or below. Known are: {known}; "
+                   f"obj1__0.png (COIL-100); clips, which are videos ({' '.join(VIDEOS)}), strips "
+                   "of square frames or folders of frames")
+
+
+def is_moving(source):
+    """Whether `load` would find puppets or clips; False, too, where it would find nothing."""
+    try:
+        return any(layout in MOVING for _, layout, _ in find(source, 0, 1, 1, 0.0, False))
+    except BadInput:
+        return False
+
+
+def load(source, size, holdout=6, seed=0, n_objects=128, n_views=24, objects=None, arc=0.0,
+         clip_filter=False):
+    """The Dataset of "synthetic", "puppets" or a folder of photos or clips; square images.
+
+    holdout: every n-th view of an object is held out, or the last 1/n of a clip, where neighbours
+             in time are all but equal; 0: none, nor where there are fewer views
+    seed, n_objects, n_views: of what is made up           objects: "obj2,obj5" keeps these only
+    arc: degrees, see synthetic_cameras                    clip_filter: see clip_object
     Raises BadInput where the folder is not what it should be.
     """
-    if str(source) == "synthetic":
-        layout = "synthetic: chairs, tables and vehicles of boxes and cylinders"
-        found = [(f"{k:04d}", layout, partial(synthetic_object, seed, k, n_views))
-                 for k in range(n_objects)]
-    elif (folder := Path(source).resolve()).is_dir():
-        found = find_objects(folder, folder)
-    else:
-        raise BadInput(f"{source}: no such folder (nor is it 'synthetic')")
-    if not found:
-        known = "; ".join(f"{' or '.join(signs)} ({layout})" for layout, _, *signs in LAYOUTS)
-        raise BadInput(f"{source}: no layout recognised here or below. Known are: {known}; "
-                       "obj1__0.png (COIL-100)")
+    found = find(source, seed, n_objects, n_views, arc, clip_filter)
+    moving = any(layout in MOVING for _, layout, _ in found)
     if wanted := {name.strip() for name in (objects or "").split(",")} - {""}:
         names = [name for name, *_ in found]
         if unknown := wanted - set(names):
@@ -829,20 +1135,24 @@ def load(source, size, holdout=6, seed=0, n_objects=128, n_views=24, objects=Non
         found = [one for one in found if one[0] in wanted]
     skipped = Counter()
     built = [(name, *one) for name, _, build in found if (one := build(size, skipped))]
+    skipped = [f"{n} {reason}" for reason, n in skipped.items() if n]
     if not built:
-        raise BadInput(f"{source}: photos without masks: provide an alpha channel, or a folder "
-                       "masks/ beside images/ with white objects on black, of the same names")
-    names, rgba, poses, intrinsics, captions, shapes = map(list, zip(*built))
+        raise BadInput(f"{source}: nothing is left ({', '.join(skipped)}); photos without masks: "
+                       "provide an alpha channel, or a folder masks/ beside images/ with white "
+                       "objects on black, of the same names")
+    names, rgba, poses, intrinsics, captions, known = map(list, zip(*built))
     n_frames = torch.tensor([len(pictures) for pictures in rgba])
     number = torch.cat([torch.arange(1, n + 1) for n in n_frames])   # of a view in its object
-    rgba = torch.cat(rgba)
+    n, every = n_frames.repeat_interleave(n_frames), holdout or len(number) + 1
+    rgba, truth = torch.cat(rgba), isinstance(known[0], dict)
     return Dataset(
         rgba[..., :3], rgba[..., 3], torch.cat(poses), torch.cat(intrinsics),
         object_index=torch.arange(len(built)).repeat_interleave(n_frames),
-        heldout=number % (holdout or len(number) + 1) == 0, names=names, captions=captions,
+        heldout=number > n - n // every if moving else number % every == 0,
+        names=names, captions=captions, skipped=skipped, moving=moving,
         layout=", ".join(dict.fromkeys(layout for _, layout, _ in found)),
-        skipped=[f"{n} {reason}" for reason, n in skipped.items() if n],
-        shapes=None if None in shapes else shapes)
+        shapes=None if None in known or truth else known,
+        truth={k: torch.cat([one[k] for one in known]) for k in known[0]} if truth else None)
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -890,8 +1200,9 @@ def describe(dataset):
     yield (f"views     {len(where)}: {views.min()} to {views.max()} an object; "
            f"{d.heldout.sum()} held out")
     yield f"size      {S} x {S}"
-    yield f"cameras   distance {span(distance)}, elevation {span(elevation)} degrees,"
-    yield f"          field of view {span(fov)} degrees; {seen:.0f} % see the cube's middle"
+    yield "cameras   unknown, as are the poses: to be learned" if d.moving else (
+        f"cameras   distance {span(distance)}, elevation {span(elevation)} degrees,\n"
+        f"          field of view {span(fov)} degrees; {seen:.0f} % see the cube's middle")
     yield f"masks     cover {span(cover)} % of a frame"
     yield f"captions  {d.captions[0] or 'none'}"
     for line in d.skipped or ["nothing"]:
@@ -901,21 +1212,26 @@ def describe(dataset):
 def main():
     """Says what is in --data and draws it."""
     parser = Parser(description="Tell what is in a dataset, and draw it.")
-    parser.add_argument("--data", default="synthetic", help="'synthetic', or a folder of photos")
+    parser.add_argument("--data", default="synthetic",
+                        help="'synthetic', 'puppets', or a folder of photos or of clips")
     parser.add_argument("--size", type=int, default=64, help="side of the square frames (64)")
     parser.add_argument("--out", default="data-check", help="folder for the pictures (data-check)")
     parser.add_argument("--objects", help="only these, separated by commas")
     parser.add_argument("--holdout", type=int, default=6, help="every n-th view; 0: none (6)")
+    parser.add_argument("--clip-filter", action="store_true",
+                        help="of clips: drop the ends, frames under 25 %% foreground, short ones")
     args = parser.parse_args()
     if args.size < 8 or args.holdout < 0:
         raise BadInput("--size must be at least 8, --holdout at least 0")
-    dataset = load(args.data, args.size, args.holdout, objects=args.objects)
+    dataset = load(args.data, args.size, args.holdout, objects=args.objects,
+                   clip_filter=args.clip_filter)
     print("\n".join(describe(dataset)))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     iio.imwrite(out / "sheet.png", contact_sheet(dataset))
-    plot_cameras(dataset, out / "cameras.png")
-    print(f"wrote     {out / 'sheet.png'}, {out / 'cameras.png'}")
+    if not dataset.moving:
+        plot_cameras(dataset, out / "cameras.png")
+    print(f"wrote     {out / 'sheet.png'}{f', {out}/cameras.png' * (not dataset.moving)}")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,17 @@ def orbit(azimuth, elevation, distance):
     return cam2world
 
 
+def turn_about(cam2world, azimuth, distance, elevation=0.0):
+    """Cameras (..., 4, 4) carried around the point `distance` ahead of them, to their right and up.
+
+    azimuth, elevation in radians. For the cameras of a subject's parts: all turn together, so the
+    subject is seen, in the same pose, from another side.
+    """
+    front, moved = (orbit(*torch.tensor(angles, dtype=cam2world.dtype, device=cam2world.device),
+                          distance) for angles in ((0.0, 0.0), (azimuth, elevation)))
+    return cam2world @ torch.linalg.inv(front) @ moved
+
+
 def camera_rays(cam2world, intrinsics, size):
     """The ray through the centre of every pixel of a size x size picture.
 
@@ -133,7 +144,7 @@ def integrate(density, rgb, edges):
     return (w[..., None] * rgb).sum(1), w.sum(1)
 
 
-# ---- A whole picture ----------------------------------------------------------------------------
+# ---- Where rays and volume meet ------------------------------------------------------------------
 
 
 def box_interval(o, d):
@@ -149,15 +160,16 @@ def box_interval(o, d):
     return near, torch.maximum(near, far)
 
 
-def sample_volume(volume, points):
+def sample_volume(volume, points, padding="zeros"):
     """Trilinear interpolation. volume (B, C, D, H, W), points (B, M, 3) -> (B, M, C).
 
-    Beyond the centres of the outer voxels values fade: half on a face, 0 half a voxel outside.
+    Beyond the centres of the outer voxels values fade: half on a face, 0 half a voxel outside; with
+    padding "border" they stay as they are on the face.
     """
     # TRAP: grid_sample wants (x, y, z) and indexes the LAST axis with x, which is just how volumes
     # are stored here, (z, y, x). A symmetric object would hide a swap.
     grid = points[:, None, None]                                            # (B, 1, 1, M, 3)
-    out = F.grid_sample(volume, grid, align_corners=False, padding_mode="zeros")
+    out = F.grid_sample(volume, grid, align_corners=False, padding_mode=padding)
     return out[:, :, 0, 0].transpose(1, 2)                                  # (B, M, C)
 
 
@@ -170,6 +182,61 @@ def density_gradient(density):
     dy = (p[:, :, middle, 2:, middle] - p[:, :, middle, :-2, middle]) * (H / 4)
     dz = (p[:, :, 2:, middle, middle] - p[:, :, :-2, middle, middle]) * (D / 4)
     return torch.cat([dx, dy, dz], 1)
+
+
+def place_samples(near, far, n_samples, jitter=None):
+    """n_samples positions on every ray: near, far (B, R) -> t (B, R, S), edges (B, R, S+1)."""
+    fraction = torch.linspace(0, 1, n_samples + 1, dtype=near.dtype, device=near.device)
+    edges = near[..., None] + (far - near)[..., None] * fraction
+    share = 0.5 if jitter is None else torch.rand(
+        edges[..., 1:].shape, generator=jitter, dtype=near.dtype).to(near.device)
+    return edges[..., :-1] + edges.diff(dim=-1) * share, edges
+
+
+# ---- Moving parts: inverse skinning (Sec. 3.2, Eq. 8 the other way round) ------------------------
+
+
+def around_parts(near, far):
+    """From where any part's cube is entered to where the last is left: (B, P, R) -> (B, R) each."""
+    missed = near >= far
+    near = near.masked_fill(missed, torch.inf).amin(1)
+    far = far.masked_fill(missed, 0).amax(1)
+    return torch.minimum(near, far), far
+
+
+def carry_back(skin, o, d, t):
+    """Inverse skinning: where the samples of a deformed frame lie in the undeformed volume.
+
+    A part moves rigidly, so seen from part p only the camera has moved: p has its own rays, and the
+    sample at distance t is x_p = o_p + t d_p. The part's skinning volume, read there, says how much
+    it claims the sample: w = softmax over parts. The canonical point is sum_p w_p x_p (in the
+    manner of HumanNeRF; Eq. 8 maps the other way and would have to be inverted).
+
+    skin (B, P, D, H, W) logits, o, d (B, P, R, 3), t (B, R, S)
+    returns points (B, R, S, 3) and w (B, P, R, S), which sums to 1 over the parts
+    """
+    x = o[..., None, :] + t[:, None, ..., None] * d[..., None, :]           # (B, P, R, S, 3)
+    if x.shape[1] == 1:
+        return x[:, 0], torch.ones_like(x[..., 0])
+    # border: outside its cube a part claims what it claims on the face. Zeros would be a claim,
+    # and where all other logits are negative even the largest.
+    logits = sample_volume(skin.flatten(0, 1)[:, None], x.flatten(0, 1).flatten(1, 2), "border")
+    w = logits.reshape(x.shape[:-1]).softmax(1)                             # (B, P, R, S)
+    return (w[..., None] * x).sum(1), w
+
+
+def blend_turned(vectors, share, rotation):
+    """Vectors of the undeformed volume, turned with the parts into the axes of each camera.
+
+    vectors (B, R, S, 3), share (B, P, R, S) as of carry_back, rotation (B, V, P, 3, 3) of
+    cam2world; R = V h w -> (B, R, S, 3)
+    """
+    (B, V, P), S = rotation.shape[:3], vectors.shape[2]
+    turned = vectors.reshape(B, 1, V, -1, 3) @ rotation.transpose(1, 2)     # rows: R^T v
+    return (share.reshape(B, P, V, -1, 1) * turned).sum(1).reshape(B, -1, S, 3)
+
+
+# ---- A whole picture ----------------------------------------------------------------------------
 
 
 def render(volume, cam2world, intrinsics, size, n_samples, jitter=None, extras=True):
@@ -185,38 +252,49 @@ def render(volume, cam2world, intrinsics, size, n_samples, jitter=None, extras=T
       rgb (C = 3) over black, occupancy (1) in [0, 1],
       depth (1) mean distance along the ray from the camera, world units, 0 where nothing is hit,
       normal (3) unit vectors in the world pointing out of the object, 0 where nothing is hit
+
+    Objects with P moving parts: cam2world (B, V, P, 4, 4), the camera as each part sees it, and
+    volume (B, 4 + P, D, H, W), the last P channels skinning logits (P = 1 needs none: (B, 4, ...)).
+    Normals are then in the axes of the camera, and the dict has parts (P): each part's share of the
+    occupancy.
     """
-    if volume.ndim != 5 or volume.shape[1] != 4:
-        raise ValueError(f"volume must be (B, 4, D, H, W), got {tuple(volume.shape)}")
-    B, V = cam2world.shape[:2]
+    moving = cam2world.ndim == 5
+    B, V, P = cam2world.shape[:3] if moving else (*cam2world.shape[:2], 1)
+    channels = 4 + P if P > 1 else 4                                        # more are not read
+    if volume.ndim != 5 or volume.shape[1] < channels:
+        raise ValueError(f"volume must be (B, {channels}, D, H, W), got {tuple(volume.shape)}")
     if B != volume.shape[0]:
         raise ValueError(f"{volume.shape[0]} volumes but cameras for {B} objects")
+    if moving:
+        intrinsics = intrinsics[:, :, None].expand(B, V, P, 4)
     o, d = camera_rays(cam2world, intrinsics, size)
-    o = o[:, :, None, None].expand_as(d).reshape(B, -1, 3)                  # (B, R, 3)
-    d = d.reshape(B, -1, 3)
-    near, far = box_interval(o, d)                                          # (B, R)
-    fraction = torch.linspace(0, 1, n_samples + 1, dtype=d.dtype, device=d.device)
-    edges = near[..., None] + (far - near)[..., None] * fraction            # (B, R, S+1)
-    if jitter is None:
-        t = (edges[..., 1:] + edges[..., :-1]) / 2                          # (B, R, S)
+    o = o[..., None, None, :].expand_as(d)                                  # (B, V, [P,] h, w, 3)
+    if moving:
+        o, d = (x.transpose(1, 2).reshape(B, P, -1, 3) for x in (o, d))     # (B, P, R, 3)
+        # Where samples lie is bookkeeping: no gradient flows through near and far.
+        t, edges = place_samples(*around_parts(*box_interval(o.detach(), d.detach())), n_samples,
+                                 jitter)                                    # (B, R, S), (B, R, S+1)
+        points, share = carry_back(volume[:, 4:], o, d, t)
     else:
-        t = edges[..., :-1] + edges.diff(dim=-1) * torch.rand(
-            edges[..., 1:].shape, generator=jitter, dtype=d.dtype).to(d.device)
-    points = o[:, :, None] + t[..., None] * d[:, :, None]                   # (B, R, S, 3)
-    values = sample_volume(volume, points.flatten(1, 2))                    # (B, R S, 4)
-    values = values.unflatten(1, t.shape[1:]).flatten(0, 1)                 # (B R, S, 4)
-    w = ray_weights(values[..., 0], edges.flatten(0, 1))                    # (B R, S)
+        o, d = o.reshape(B, -1, 3), d.reshape(B, -1, 3)                     # (B, R, 3)
+        t, edges = place_samples(*box_interval(o, d), n_samples, jitter)
+        points = o[:, :, None] + t[..., None] * d[:, :, None]               # (B, R, S, 3)
+    values = sample_volume(volume[:, :4], points.flatten(1, 2)).unflatten(1, t.shape[1:])
+    w = ray_weights(values[..., 0].flatten(0, 1), edges.flatten(0, 1)).unflatten(0, t.shape[:2])
 
-    def image(x):                                                           # (B R, C) -> picture
+    def image(x):                                                           # (B, R, C) -> picture
         return x.reshape(B, V, size, size, -1).movedim(-1, 2)
 
-    occupancy = w.sum(-1, keepdim=True)                                     # (B R, 1)
-    out = {"rgb": image((w[..., None] * values[..., 1:]).sum(1)), "occupancy": image(occupancy)}
+    occupancy = w.sum(-1, keepdim=True)                                     # (B, R, 1)
+    out = {"rgb": image((w[..., None] * values[..., 1:]).sum(2)), "occupancy": image(occupancy)}
     if extras:
         hit = occupancy > 1e-3
-        depth = (w * t.flatten(0, 1)).sum(-1, keepdim=True) / occupancy.clamp(min=1e-3)
+        depth = (w * t).sum(-1, keepdim=True) / occupancy.clamp(min=1e-3)
         slope = sample_volume(density_gradient(volume[:, :1]), points.flatten(1, 2))
-        slope = F.normalize(slope, dim=-1).reshape(*w.shape, 3)             # (B R, S, 3)
-        normal = F.normalize(-(w[..., None] * slope).sum(1), dim=-1)        # density falls outwards
+        slope = F.normalize(slope, dim=-1).unflatten(1, t.shape[1:])        # (B, R, S, 3)
+        if moving:
+            out["parts"] = image((share * w[:, None]).sum(-1).transpose(1, 2))
+            slope = blend_turned(slope, share, cam2world[..., :3, :3])
+        normal = F.normalize(-(w[..., None] * slope).sum(2), dim=-1)        # density falls outwards
         out["depth"], out["normal"] = image(depth * hit), image(normal * hit)
     return out

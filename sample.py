@@ -13,6 +13,7 @@ Shapes: B objects, V views, n samples, C channels, H = W side of a picture.
 Simplified: Frechet distances use a fixed random network in place of Inception.
 Read next: train.py
 """
+import contextlib
 import hashlib
 import math
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 
 import data
 import render
-from autodecoder import AutoDecoder, RandomFeatures
+from autodecoder import AutoDecoder, PoseNet, RandomFeatures
 from data import BadInput
 from diffusion import Denoiser, edm_sampler
 from normalize import RobustNormalizer
@@ -74,7 +75,14 @@ def build_autodecoder(s, n_objects):
     return AutoDecoder(
         n_objects, s["embed_dim"], s["channels"], s["start_side"], s["volume_side"],
         s["latent_side"], s["decoder_depth"], tuple(s["decoder_attention"]), s["norm"],
-        s["codebooks"], s["rows"], s["hash_rule"])
+        s["codebooks"], s["rows"], s["hash_rule"], s["parts"], s["body"] if s["ellipsoid"] else (),
+        s["skin_layout"])
+
+
+def build_posenet(s):
+    """The pose network that settings s (a dict) describe; None where cameras are known."""
+    return PoseNet(s["parts"], s["keypoints"], s["focal"], s["body"], s["pose_width"]) \
+        if s["parts"] else None
 
 
 def build_denoiser(s):
@@ -88,6 +96,18 @@ def build_denoiser(s):
 
 def build_normalizer(s):
     return RobustNormalizer(s["normalization"], s["per_channel"], s["latent_scale"])
+
+
+@contextlib.contextmanager
+def evaluating(run):
+    """Batch norm and running means as in evaluation, for as long as pictures are drawn."""
+    modules = [m for m in (run.autodecoder, run.posenet) if m is not None]
+    were = [m.training for m in modules]
+    try:
+        yield [m.eval() for m in modules]
+    finally:
+        for module, was in zip(modules, were):
+            module.train(was)
 
 
 def restore(make, state, path):
@@ -105,7 +125,8 @@ def load_run(run, device="cpu", stages=(1, 2)):
     """Rebuilds what training left in the folder RUN, ready to generate.
 
     returns a namespace: settings (dict), autodecoder, view (dict: distance, elevation), names,
-    data (the dataset's source) and, with stage 2, denoiser (the EMA weights) and normalizer
+    source (of the data), posenet (None where cameras are known), poses (T, P, 4, 4) of a training
+    clip and, with stage 2, denoiser (the EMA weights) and normalizer
     """
     first = load_checkpoint(run, 1)
     s = first["settings"]
@@ -113,6 +134,11 @@ def load_run(run, device="cpu", stages=(1, 2)):
                           source=first["source"], device=device)
     out.autodecoder = restore(lambda: build_autodecoder(s, len(first["names"])), first["model"],
                               f"{run}/stage1.pt").to(device).eval().requires_grad_(False)
+    out.posenet, out.poses = None, None
+    if s["parts"]:
+        out.posenet = restore(lambda: build_posenet(s), first["posenet"], f"{run}/stage1.pt")
+        out.posenet.to(device).eval().requires_grad_(False)
+        out.poses = first["poses"].to(device)
     if 2 in stages:
         second = load_checkpoint(run, 2)
         if second["decoder"] != first["fingerprint"]:
@@ -182,24 +208,46 @@ def direct_latents(run, n, seed, kind):
 
 
 @torch.no_grad()
-def render_views(run, volumes, azimuths, size, elevation=None, extras=False, n_samples=64):
+def cameras_of(run, dataset, frames):
+    """Cameras of frames (n,) of a dataset: (n, 4, 4), or as the pose network sees them
+    (n, P, 4, 4), whichever the run has."""
+    if run.posenet is None:
+        return dataset.cam2world[frames].to(run.device)
+    size = min(64, dataset.images.shape[1])
+    return torch.cat([run.posenet(dataset.batch(part, size)[0].to(run.device))[0]
+                      for part in frames.split(64)])
+
+
+def view_from(run, azimuth, elevation=None, pose=0):
+    """A camera for looking at things, (4, 4), or (P, 4, 4) for parts in one of the run's poses.
+
+    returns it and intrinsics (4,)
+    """
+    distance = run.view["distance"]
+    elevation = run.view["elevation"] if elevation is None else elevation
+    if run.posenet is not None:
+        focal = run.posenet.focal
+        camera = render.turn_about(run.poses[pose], azimuth, run.posenet.distance, elevation)
+    else:
+        # A sphere of radius 1.3 around the object fills the picture, wherever training cameras are.
+        focal = 0.5 * math.sqrt(distance**2 - 1.3**2) / 1.3
+        camera = render.orbit(torch.tensor(float(azimuth)), torch.tensor(elevation), distance)
+    return camera.to(run.device), torch.tensor([focal, focal, 0.5, 0.5], device=run.device)
+
+
+@torch.no_grad()
+def render_views(run, volumes, azimuths, size, elevation=None, extras=False, n_samples=64, pose=0):
     """Pictures of volumes (B, 4, D, H, W) from a turntable of V azimuths (radians).
 
     returns render.render's dict, (B, V, C, size, size), on the CPU; one view at a time saves memory
     """
-    elevation = run.view["elevation"] if elevation is None else elevation
-    distance = run.view["distance"]
-    # A sphere of radius 1.3 around the object fills the picture, whatever the training cameras did.
-    focal = 0.5 * math.sqrt(distance**2 - 1.3**2) / 1.3
-    intrinsics = torch.tensor([focal, focal, 0.5, 0.5], device=run.device)
     views = []
     for azimuth in azimuths:
-        camera = render.orbit(torch.tensor(float(azimuth)), torch.tensor(elevation), distance)
+        camera, intrinsics = view_from(run, azimuth, elevation, pose)
         for volume in volumes.split(8):
             n = len(volume)
-            views.append(render.render(
-                volume, camera.to(run.device).expand(n, 1, 4, 4), intrinsics.expand(n, 1, 4), size,
-                n_samples, extras=extras))
+            views.append(render.render(volume, camera.expand(n, 1, *camera.shape),
+                                       intrinsics.expand(n, 1, 4), size, n_samples, extras=extras))
     batches = math.ceil(len(volumes) / 8)
 
     def join(key):
@@ -221,7 +269,8 @@ def nearest_training(run, volumes, training_volumes):
 
     Root-mean-square difference of colours at 32 x 32 from four sides: what the eye compares.
     """
-    azimuths = [0.4 + i * math.pi / 2 for i in range(4)]
+    azimuths = ([0.4 + i * math.pi / 2 for i in range(4)] if run.posenet is None else
+                [-0.35, 0.0, 0.35])
     ours, theirs = (render_views(run, v, azimuths, 32, n_samples=48)["rgb"].flatten(1)
                     for v in (volumes, training_volumes))
     distance = torch.cdist(ours, theirs) / math.sqrt(ours.shape[1])
@@ -272,8 +321,9 @@ def frechet_to_training_views(run, volumes, dataset, views=4, seed=0):
     pictures = []
     for volume in volumes.split(8):
         frames = train[torch.randint(len(train), (len(volume), views), generator=generator)]
-        out = render.render(volume, dataset.cam2world[frames].to(run.device),
-                            dataset.intrinsics[frames].to(run.device), size, 48, extras=False)
+        cameras = cameras_of(run, dataset, frames.flatten()).unflatten(0, frames.shape)
+        out = render.render(volume, cameras, dataset.intrinsics[frames].to(run.device), size, 48,
+                            extras=False)
         pictures.append(out["rgb"].flatten(0, 1).cpu())
     true = image_features(dataset.batch(train, size)[0])
     return frechet_distance(image_features(torch.cat(pictures)), true)
@@ -312,6 +362,13 @@ def tile(rows):
                       for row in rows], -2)
 
 
+def parts_picture(out):
+    """Which part was seen, as colours, background white. -> (..., 3, H, W)."""
+    hue = torch.arange(out["parts"].shape[-3]) * 2.4                 # radians; the golden angle
+    colours = 0.55 + 0.45 * torch.stack([(hue + shift).cos() for shift in (0.0, 2.1, 4.2)], -1)
+    return torch.einsum("...phw,pc->...chw", out["parts"], colours) + 1 - out["occupancy"]
+
+
 def save_sheet(path, rows, labels, title=""):
     """Writes labelled rows of pictures, each (n, 3, H, W), as one PNG; small ones are enlarged."""
     picture = tile(rows)
@@ -322,7 +379,7 @@ def save_sheet(path, rows, labels, title=""):
     axis = figure.add_axes([0, 0, 1, 1])                 # one pixel of the tile is one of the PNG
     axis.imshow(to_uint8(picture), interpolation="nearest")
     step = height / len(rows)
-    axis.set_yticks([step * (i + 0.5) for i in range(len(rows))], labels, fontsize=9)
+    axis.set_yticks([step * (i + 0.5) for i in range(len(rows))], labels[:len(rows)], fontsize=9)
     axis.set_xticks([])
     axis.tick_params(length=0)
     for side in axis.spines.values():
@@ -342,9 +399,17 @@ def save_film(folder, name, frames, fps=15):
 
 
 def save_turntable(run, volumes, folder, name="turntable", size=96, frames=48):
-    """A film of volumes (n, 4, D, H, W), up to four in a row, turning once -> paths."""
-    azimuths = torch.linspace(0, 2 * math.pi, frames + 1)[:-1].tolist()
-    views = on_white(render_views(run, volumes, azimuths, size))              # (n, T, 3, H, W)
+    """A film of volumes (n, 4, D, H, W), up to four in a row, turning once -> paths.
+
+    What has been seen from the front only swings by +-20 degrees, moving as the run's poses do.
+    """
+    azimuths = torch.linspace(0, 2 * math.pi, frames + 1)[:-1]
+    if run.posenet is None:
+        views = on_white(render_views(run, volumes, azimuths.tolist(), size))  # (n, T, 3, H, W)
+    else:
+        views = torch.cat([on_white(render_views(
+            run, volumes, [math.radians(20) * math.sin(a)], size, pose=t % len(run.poses)))
+            for t, a in enumerate(azimuths.tolist())], 1)
     columns = min(4, len(volumes))
     rows = [views[i:i + columns] for i in range(0, len(views) // columns * columns, columns)]
     return save_film(folder, name, torch.stack(
@@ -357,18 +422,16 @@ def save_training_sheet(path, run, dataset, step, n=8):
     frames = frames[torch.linspace(0, len(frames) - 1, min(n, len(frames))).long()]
     size = dataset.images.shape[1]
     truth, mask = dataset.batch(frames, size)
-    was_training = run.autodecoder.training
-    run.autodecoder.eval()
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(run):
         volumes = run.autodecoder(dataset.object_index[frames].to(run.device))
-        out = render.render(volumes, dataset.cam2world[frames, None].to(run.device),
+        out = render.render(volumes, cameras_of(run, dataset, frames)[:, None],
                             dataset.intrinsics[frames, None].to(run.device), size, 96)
-    run.autodecoder.train(was_training)
     out = {key: value.cpu()[:, 0] for key, value in out.items()}              # (n, C, H, W)
     rows = [truth + 1 - mask, on_white(out), 1 - out["occupancy"].expand(-1, 3, -1, -1),
             depth_picture(out), normal_picture(out)]
+    rows += [parts_picture(out)] if "parts" in out else []
     kind = "held-out" if dataset.heldout.any() else "training"
-    save_sheet(path, rows, ["truth", "render", "occupancy", "depth", "normals"],
+    save_sheet(path, rows, ["truth", "render", "occupancy", "depth", "normals", "parts"],
                f"{kind} views after {step} steps")
 
 
@@ -377,9 +440,11 @@ def save_orbit(path, run, n=4, columns=8):
     """The first n training objects of a run, from all sides."""
     objects = range(min(n, len(run.names)))
     volumes = run.autodecoder(torch.tensor(list(objects), device=run.device))
-    azimuths = [2 * math.pi * i / columns for i in range(columns)]
+    whole = 2 * math.pi if run.posenet is None else math.pi / 2             # front only: +-45
+    azimuths = [whole * (i / columns - (run.posenet is not None) * 0.44) for i in range(columns)]
     save_sheet(path, list(on_white(render_views(run, volumes, azimuths, 96))),
-               [run.names[k][-16:] for k in objects], "training objects, turned by 45 degrees")
+               [run.names[k][-16:] for k in objects],
+               f"training objects, turned by {360 * whole / 2 / math.pi / columns:.0f} degrees")
 
 
 def save_latent_histogram(path, latents):
@@ -417,7 +482,7 @@ def save_noise_strip(path, run, n=4, steps=32, seed=0, columns=8):
 def save_sample_sheet(folder, run, volumes, training_volumes):
     """Samples from four sides over their nearest training objects; and their depth and normals."""
     nearest, distance = nearest_training(run, volumes, training_volumes)
-    azimuths = [0.6, 2.2, 3.7, 5.3]
+    azimuths = [0.6, 2.2, 3.7, 5.3] if run.posenet is None else [0.0, -0.35, 0.35, 0.0]
     ours = render_views(run, volumes, azimuths, 96, extras=True)
     theirs = render_views(run, training_volumes[nearest.to(run.device)], azimuths[:1], 96)
     n = min(len(volumes), 8)
@@ -432,6 +497,105 @@ def save_sample_sheet(folder, run, volumes, training_volumes):
     save_sheet(paths[1], [on_white(view), depth_picture(view), normal_picture(view)],
                ["colour", "depth", "normals"])
     return paths
+
+
+# ---- Moving subjects ----------------------------------------------------------------------------
+
+
+def load_driving(run, clip):
+    """Poses of a clip (its name in the run's data, or a path) become run.poses, which all figures
+    show subjects in -> its frames over white (T, 3, H, W)."""
+    s, path = run.settings, Path(clip)
+    source, name = run.source, clip
+    if path.exists():
+        source, name = path.parent, path.name if path.is_dir() else path.stem
+    clips = data.load(source, s["size"], 0, s["seed"], s["n_objects"], s["n_views"], name)
+    if not clips.moving:
+        raise BadInput(f"--drive {clip}: not a clip")
+    frames = clips.frames_of(0)
+    run.poses = cameras_of(run, clips, frames)
+    images, masks = clips.batch(frames, s["size"])
+    return images + 1 - masks
+
+
+@torch.no_grad()
+def score_motion(run, dataset, n_samples=32):
+    """Learned poses and parts against the true ones, which only puppets have -> dict of numbers.
+
+    yaw_correlation, yaw_slope  of learned against true yaw, medians over the clips
+    yaw_share     share of clips in which they correlate by 0.95 or more
+    part_purity   share of pixels whose learned part is, most often, the part that they truly show
+    limb_correlation  of the angles of left arm, right arm, left leg, right leg, medians
+    """
+    size, clips, table = dataset.images.shape[1], [], 0
+    for k in range(dataset.n_objects):
+        frames = dataset.frames_of(k)
+        cameras = cameras_of(run, dataset, frames)                            # (V, P, 4, 4)
+        volume = run.autodecoder(torch.tensor([k], device=run.device))
+        out = render.render(volume, cameras[None], dataset.intrinsics[frames][None].to(run.device),
+                            size, n_samples)
+        share, seen = out["parts"][0].cpu(), out["occupancy"][0, :, 0].cpu() > 0.5
+        true = dataset.truth["parts"][frames].long()                          # (V, S, S), 0: none
+        both = seen & (true > 0)
+        hits = F.one_hot(share.argmax(1)[both] * 6 + true[both] - 1, 6 * share.shape[1])
+        table = table + hits.sum(0).reshape(-1, 6)                            # (P, 6)
+        # Where the camera is as the subject sees it: to the left of one who has turned right.
+        weight = share.mean((2, 3))[..., None].to(cameras)                    # (V, P, 1)
+        back = (weight * cameras[..., :3, 2]).sum(1)
+        clips.append((frames, cameras[..., :3, :3].cpu(), -torch.atan2(back[:, 0], back[:, 2]).cpu()))
+    limbs, torso = table[:, 2:].argmax(0).tolist(), int(table[:, 1].argmax())
+    yaw, slope, angles = [], [], [[] for _ in limbs]
+    for frames, R, learned in clips:
+        true = dataset.truth["yaw"][frames]
+        yaw.append(correlation(true, learned))
+        slope.append(yaw[-1] * float(learned.std() / true.std()))
+        for i, p in enumerate(limbs):               # turned from the torso's axes: about z, about x
+            turn = R[:, torso] @ R[:, p].mT
+            a, b = (0, 1) if i < 2 else (1, 2)
+            angle = torch.atan2(turn[:, b, a], turn[:, a, a])
+            angles[i].append(abs(correlation(dataset.truth["angles"][frames, i], angle)))
+    return {"yaw_correlation": middle(yaw), "yaw_slope": middle(slope),
+            "yaw_share": sum(c >= 0.95 for c in yaw) / len(yaw),
+            "part_purity": float(table.amax(1).sum() / table.sum()),
+            "limb_correlation": [middle(a) for a in angles]}
+
+
+def correlation(a, b):
+    """Pearson's, of two (n,); 0 where one is constant."""
+    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+    return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-9))
+
+
+def middle(values):
+    return round(float(torch.tensor(values).median()), 4)
+
+
+def save_motion(run, folder, volume, driving=None, size=96, columns=8):
+    """One subject (1, C, D, H, W) in the run's poses: sheet, novel views, film -> paths.
+
+    driving (T, 3, H, W): the frames that the poses come from, shown beside it
+    """
+    folder, T = Path(folder), len(run.poses)
+    shown = [t * (T - 1) // (columns - 1) for t in range(columns)]
+    outs = [render_views(run, volume, [0.0], size, extras=True, pose=t) for t in shown]
+    out = {key: torch.cat([o[key][0] for o in outs]) for key in outs[0]}      # (columns, C, H, W)
+    looks = [(on_white, "colour"), (depth_picture, "depth"), (normal_picture, "normals")]
+    looks += [(parts_picture, "parts")]
+    rows, labels = [look(out) for look, _ in looks], [name for _, name in looks]
+    if driving is not None:
+        big = F.interpolate(driving, size=(size, size), mode="nearest")
+        rows, labels = [big[shown]] + rows, ["driving"] + labels
+    save_sheet(folder / "motion.png", rows, labels)
+    turns = [math.radians(a) for a in (-20, -10, 0, 10, 20)]
+    out = {key: value[0] for key, value in render_views(
+        run, volume, turns, size, extras=True, pose=T // 2).items()}
+    save_sheet(folder / "views.png", [look(out) for look, _ in looks],
+               [name for _, name in looks], "seen from -20, -10, 0, 10, 20 degrees")
+    film = torch.cat([on_white(render_views(run, volume, [0.0], size, pose=t))[0]
+                      for t in range(T)])                                     # (T, 3, H, W)
+    if driving is not None:
+        film = torch.cat([big, film], -1)
+    return [folder / "motion.png", folder / "views.png"] + save_film(folder, "motion", film)
 
 
 # ---- Meshes -------------------------------------------------------------------------------------
@@ -531,6 +695,9 @@ def main(arguments=None):
     add("--direct", choices=["normal", "fitted"], default="", help="baseline: no diffusion, draw "
         "the embedding from N(0, I) or from a Gaussian fitted to the trained ones")
     add("--interpolate", type=int, nargs=2, metavar="SEED", help="a film between two seeds")
+    add("--drive", metavar="CLIP", help="moving subjects: in the poses of this clip, a name in the "
+        "run's data or a path")
+    add("--identity", type=int, metavar="K", help="training object K, not a new one")
     add("--mesh", action="store_true", help="also write coloured meshes, .ply (scikit-image)")
     add("--out", default="", help="folder for the results (default: RUN/samples)")
     add("--device", default="auto", help="cpu, cuda, ... (%(default)s)")
@@ -541,11 +708,24 @@ def main(arguments=None):
         raise BadInput("--interpolate is between noises; it does not go with --direct")
     if args.mesh:
         find_marching_cubes()                            # before the work, not after it
-    run = load_run(args.run, choose_device(args.device), (1,) if args.direct else (1, 2))
+    first_only = args.direct or args.identity is not None
+    run = load_run(args.run, choose_device(args.device), (1,) if first_only else (1, 2))
     steps = args.steps or run.settings["sample_steps"]
     churn = run.settings["churn"] if args.churn is None else args.churn
     folder = Path(args.out or Path(args.run) / ("samples" + "-direct" * bool(args.direct)))
-    volumes, paths = save_samples(run, folder, args.n, steps, args.seed, churn, args.direct)
+    if args.drive and run.posenet is None:
+        raise BadInput(f"--drive: the objects of {args.run} do not move")
+    driving = load_driving(run, args.drive) if args.drive else None
+    if args.identity is None:
+        volumes, paths = save_samples(run, folder, args.n, steps, args.seed, churn, args.direct)
+    else:
+        if not 0 <= args.identity < len(run.names):
+            raise BadInput(f"--identity {args.identity}: the run has 0 to {len(run.names) - 1}")
+        folder.mkdir(parents=True, exist_ok=True)
+        volumes = run.autodecoder(torch.tensor([args.identity], device=run.device))
+        paths = save_turntable(run, volumes, folder)
+    if run.posenet is not None:
+        paths += save_motion(run, folder, volumes[:1], driving)
     if args.interpolate:
         paths += save_interpolation(run, folder, args.interpolate, steps)
     if args.mesh:

@@ -50,6 +50,10 @@ class Settings:
     objects: str = option("", "data", "use these objects only, e.g. obj2,obj5")
     n_objects: int = option(15576, "data", "how many synthetic objects to make")
     n_views: int = option(24, "data", "views of each synthetic object")
+    arc: float = option(0.0, "data", "synthetic objects seen along an arc of +-ARC degrees, not "
+                        "from all round; 0: all round")
+    clip_filter: bool = option(False, "data", "the paper's: drop the first and last tenth of a "
+                               "clip, frames under 25 % foreground, clips under 4 frames")
     embed_dim: int = option(1024, "decoder", "length of the embedding e")
     channels: int = option(512, "decoder", "features of the first volume, halved at each doubling")
     start_side: int = option(4, "decoder", "side of the first volume")
@@ -61,7 +65,15 @@ class Settings:
     codebooks: int = option(0, "decoder", "hash embedding of so many pieces; 0: a full table")
     rows: int = option(256, "decoder", "entries per codebook, a power of two")
     hash_rule: str = option("spread", "decoder", "spread (ours) or paper (as printed)")
-    parts: int = option(0, "decoder", "rigid parts of articulated objects; 0: rigid")
+    parts: int = option(0, "decoder", "rigid parts whose poses are learned; 0: cameras are known")
+    keypoints: int = option(125, "decoder", "learned 3D points of each part, a cube number")
+    pose_width: int = option(32, "decoder", "features of the pose network")
+    focal: float = option(5.7, "decoder", "focal length as a share of the picture's side, where "
+                          "cameras are learned; known cameras' own is taken")
+    body: tuple = option((), "decoder", "half axes of the ellipsoid that a moving subject starts "
+                         "as; empty: from the masks")
+    ellipsoid: bool = option(True, "decoder", "start from it, not from fog")
+    skin_layout: bool = option(True, "decoder", "parts start spread over it, not all alike")
     steps_stage1: int = option(500_000, "stage 1", "training steps")
     objects_per_step: int = option(16, "stage 1", "objects in a step")
     views_per_step: int = option(4, "stage 1", "views of each object in a step")
@@ -73,6 +85,17 @@ class Settings:
     perceptual_weight: float = option(10.0, "stage 1", "weight of Eq. 1")
     finer_at: tuple = option((), "stage 1", "shares of the run at which pictures double in side, "
                              "to end at --size, e.g. 0.3,0.6; empty: full size throughout")
+    betas: tuple = option((0.5, 0.999), "stage 1", "of Adam")
+    lr_pose: float = option(5e-4, "stage 1", "learning rate of the pose network")
+    clip: float = option(0.1, "stage 1", "largest gradient norm of either network, cameras learned")
+    growth: tuple = option((0.03, 0.15), "stage 1", "shares of the run between which the learned "
+                           "density replaces the ellipsoid")
+    split_at: float = option(0.35, "stage 1", "share of the run after which one part becomes many")
+    reprojection_weight: float = option(0.5, "stage 1", "2D points against projected 3D points")
+    equivariance_weight: float = option(0.3, "stage 1", "2D points under warps of the frame")
+    centre_weight: float = option(1.0, "stage 1", "mean 2D points against the default pose")
+    distance_weight: float = option(0.5, "stage 1", "distance of parts against the default")
+    usage_weight: float = option(1.0, "stage 1", "parts that claim less than half of 1/P")
     window: int = option(0, "stage 1", "of larger pictures render a random window of this side; "
                          "0: whole pictures")
     context_dim: int = option(0, "stage 2", "width of text tokens; 0: unconditional")
@@ -108,6 +131,15 @@ PRESETS = {
                  foreground_weight=1.0, unet_channels=64, unet_multipliers=(1, 2), unet_depth=1,
                  unet_attention=(4, 2), steps_stage2=2000, batch_size=16, lr_stage2=2e-3,
                  ema_half_life=200.0, sample_steps=32),
+    # Clips without cameras, two CPU cores, 40 minutes.
+    "tiny-video": dict(n_objects=16, n_views=48, embed_dim=64, channels=64, volume_side=32,
+                       latent_side=4, decoder_depth=1, decoder_attention=(), norm="group", parts=6,
+                       keypoints=27, objects_per_step=4, n_samples=28, lr_stage1=2e-3,
+                       lr_pose=1e-3, betas=(0.9, 0.99), clip=1.0, steps_stage1=6000,
+                       finer_at=(0.3, 0.8), window=32, perceptual_weight=1.0,
+                       foreground_weight=1.0, unet_channels=64, unet_multipliers=(1, 2),
+                       unet_depth=1, unet_attention=(4, 2), steps_stage2=1000, batch_size=16,
+                       lr_stage2=2e-3, ema_half_life=200.0, sample_steps=32),
     # One GPU, under an hour.
     "small": dict(n_objects=1024, channels=256, volume_side=64, latent_side=8, decoder_depth=2,
                   n_samples=64, objects_per_step=16, steps_stage1=20_000, lr_stage1=1e-3,
@@ -116,6 +148,7 @@ PRESETS = {
     "paper-tables": dict(n_objects=1676, n_views=91, volume_side=128, decoder_depth=2),
     "paper-chairs": dict(n_objects=15576, n_views=200),
     "paper-celebv": dict(n_objects=44_400, n_views=373, decoder_depth=2, parts=10, rows=8192,
+                         reprojection_weight=10.0, equivariance_weight=10.0, usage_weight=10.0,
                          **PAPER_TEXT),
     "paper-mvimgnet": dict(n_objects=206_990, n_views=30, rows=32768, **PAPER_TEXT),
     "paper-objaverse": dict(n_objects=300_000, n_views=6, rows=32768, transformer_depth=2,
@@ -131,7 +164,9 @@ def parse(arguments=None):
     add = parser.add_argument
     add("--stage", type=int, choices=[1, 2], help="one stage only (default: both, then sample)")
     add("--data", default="synthetic", help="'synthetic' or a folder of photos (%(default)s)")
-    add("--preset", default="tiny", choices=PRESETS, help="%(choices)s (%(default)s)")
+    add("--preset", choices=PRESETS, help="%(choices)s (default: tiny; tiny-video for clips)")
+    add("--cameras", choices=["known", "learned"], help="learned: from nothing but the pictures "
+        "(default: known, where the data has them)")
     add("--out", help="the run's folder (default: runs/PRESET-DATA)")
     add("--steps", type=int, help="training steps of each stage that runs")
     add("--device", default="auto", help="cpu, cuda, ... (%(default)s)")
@@ -147,6 +182,7 @@ def parse(arguments=None):
                                  choices=CHOICES.get(f.name)))
         group.add_argument(*flags, help=f"{f.metadata['help']} (paper: {f.default})", **kind)
     args = parser.parse_args(arguments)
+    args.preset = args.preset or ("tiny-video" if data.is_moving(args.data) else "tiny")
     values = dict(PRESETS[args.preset])
     values |= {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)
                if getattr(args, f.name) is not None}
@@ -174,8 +210,6 @@ def check(s):
         value = getattr(s, name)
         if not (value > 0 and math.isfinite(value)):
             raise BadInput(f"--{name.replace('_', '-')} must be positive, got {value}")
-    if s.parts:
-        raise BadInput("articulated objects (--parts, paper-celebv) are not built yet")
     if s.size % 2 ** len(s.finer_at):
         raise BadInput(f"--size {s.size} cannot be halved {len(s.finer_at)} times (--finer-at)")
     try:
@@ -187,6 +221,33 @@ def check(s):
 
 
 # ---- Checkpoints, log, metrics ------------------------------------------------------------------
+
+
+def fit_to_data(s, cameras, dataset, source):
+    """Settings that follow from the data: whether cameras are learned, the lens, the ellipsoid."""
+    if cameras == "known" and dataset.moving:
+        raise BadInput(f"--cameras known: {source} has none; leave it out, or say learned")
+    if cameras != "learned" and not dataset.moving:
+        return dataclasses.replace(s, parts=0)
+    if s.size % 16 or s.size < 32:
+        raise BadInput(f"--size {s.size}: where cameras are learned it must be 32, 48, 64, ...")
+    # OURS: as wide as what is nearly always covered, without the limbs: a wider one would have to
+    # be painted black at its rims, and could then not turn (yaw stayed at 0). The spread of a
+    # filled ellipse of half axis a is a^2 / 4.
+    mask = dataset.batch(torch.nonzero(~dataset.heldout)[:, 0], 32)[1].mean((0, 1))      # (32, 32)
+    mask = torch.where(mask > min(0.5, 0.9 * float(mask.max())), 1.0, 0.0)
+    at = (torch.arange(32) + 0.5) / 16 - 1
+    rows = torch.stack([mask.sum(0), mask.sum(1)]) / mask.sum()                          # x, y
+    spread = (rows * at**2).sum(1) - (rows * at).sum(1)**2
+    x, y = (2 * spread.sqrt()).clamp(0.2, 0.95).tolist()
+    s = dataclasses.replace(s, parts=max(1, s.parts), body=s.body or (x, y, min(x, y)),
+                            focal=float(dataset.intrinsics[:, 0].median()))
+    try:
+        with torch.device("meta"):
+            sample.build_posenet(dataclasses.asdict(s))
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    return s
 
 
 def save(path, checkpoint):
@@ -324,30 +385,39 @@ def draw_frames(dataset, k, views, generator):
 
 
 @torch.no_grad()
-def score_heldout(model, dataset, device, n_samples=96, chunk=8):
+def score_heldout(at, dataset, n_samples=96, chunk=8):
     """Mean PSNR over all held-out views, dB: 10 log10(1 / mean squared error) of each view.
 
-    None where no view is held out.
+    at: model, posenet, device. None where no view is held out.
     """
     if not dataset.heldout.any():
         return None
-    model.eval()
-    psnr = []
-    for frame in torch.nonzero(dataset.heldout)[:, 0].split(chunk):
-        volumes = model(dataset.object_index[frame].to(device))
-        size = dataset.images.shape[1]
-        out = render.render(volumes, dataset.cam2world[frame, None].to(device),
-                            dataset.intrinsics[frame, None].to(device), size, n_samples,
-                            extras=False)
-        true = dataset.batch(frame, size)[0]
-        error = (out["rgb"][:, 0].cpu() - true).square().flatten(1).mean(1)
-        psnr.append(-10 * torch.log10(error.clamp(min=1e-10)))
-    model.train()
+    size, psnr = dataset.images.shape[1], []
+    with sample.evaluating(at):
+        for frame in torch.nonzero(dataset.heldout)[:, 0].split(chunk):
+            volumes = at.autodecoder(dataset.object_index[frame].to(at.device))
+            out = render.render(volumes, sample.cameras_of(at, dataset, frame)[:, None],
+                                dataset.intrinsics[frame, None].to(at.device), size, n_samples,
+                                extras=False)
+            error = out["rgb"][:, 0].cpu() - dataset.batch(frame, size)[0]
+            psnr.append(-10 * error.square().flatten(1).mean(1).clamp(min=1e-10).log10())
+    return float(torch.cat(psnr).mean())
+
+
+def score_mean_frame(dataset):
+    """The same with the mean training frame of each clip as the prediction."""
+    size, psnr = dataset.images.shape[1], []
+    for k in range(dataset.n_objects):
+        mean = dataset.batch(dataset.frames_of(k, heldout=False), size)[0].mean(0)
+        error = dataset.batch(dataset.frames_of(k, heldout=True), size)[0] - mean
+        psnr.append(-10 * error.square().flatten(1).mean(1).log10())
     return float(torch.cat(psnr).mean())
 
 
 def turntable_view(dataset):
     """Where samples are looked at from: distance and height of a typical training camera."""
+    if dataset.moving:                                    # from straight ahead, as the clips are
+        return {"distance": 12.0, "elevation": 0.0}
     position = dataset.cam2world[:, :3, 3]
     distance = position.norm(dim=1)
     elevation = torch.asin(position[:, 1] / distance).median()
@@ -358,22 +428,28 @@ def turntable_view(dataset):
 def start_stage1(s, dataset, run, device, source, resume):
     """Model, optimizer and random numbers as they are before the first step, or as they were saved.
 
-    returns a namespace: model, optimizer, generator, step, seconds, order (objects still to come)
+    returns a namespace: autodecoder, posenet (None: cameras are known), optimizer, generator, step,
+    seconds, device, order (objects still to come)
     """
     torch.manual_seed(s.seed)                             # initial weights
-    model = sample.build_autodecoder(dataclasses.asdict(s), dataset.n_objects).to(device)
-    # PAPER: Adam with betas (0.5, 0.999). OURS: fused: 3 ms a step of `tiny` instead of 17.
     at = SimpleNamespace(
-        model=model, generator=sample.stream(s.seed, "stage 1"), step=0, seconds=0.0,
-        optimizer=torch.optim.Adam(model.parameters(), s.lr_stage1, betas=(0.5, 0.999), fused=True),
-        order=torch.empty(0, dtype=torch.int64))
+        autodecoder=sample.build_autodecoder(dataclasses.asdict(s), dataset.n_objects).to(device),
+        posenet=sample.build_posenet(dataclasses.asdict(s)), device=device, step=0, seconds=0.0,
+        generator=sample.stream(s.seed, "stage 1"), order=torch.empty(0, dtype=torch.int64))
+    groups = [{"params": at.autodecoder.parameters(), "peak": s.lr_stage1}]
+    if at.posenet is not None:
+        groups.append({"params": at.posenet.to(device).parameters(), "peak": s.lr_pose})
+    # PAPER: Adam with betas (0.5, 0.999). OURS: fused: 3 ms a step of `tiny` instead of 17.
+    at.optimizer = torch.optim.Adam(groups, s.lr_stage1, betas=s.betas, fused=True)
     path = run / "stage1.pt"
     old = sample.load_checkpoint(run, 1, resume=True) if resume else None
     if old:
         same_settings(s, old["settings"], ("data", "decoder", "stage 1"), path)
         if old["names"] != dataset.names:
             raise BadInput(f"{path} was trained on other objects than --data {source}")
-        sample.restore(lambda: model, old["model"], path)
+        sample.restore(lambda: at.autodecoder, old["model"], path)
+        if at.posenet is not None:
+            sample.restore(lambda: at.posenet, old["posenet"], path)
         at.optimizer.load_state_dict(old["optimizer"])
         set_random_states(at.generator, old["random"])
         at.step, at.seconds, at.order = old["step"], old["seconds"], old["order"]
@@ -386,12 +462,43 @@ def start_stage1(s, dataset, run, device, source, resume):
 
 def save_stage1(s, at, dataset, run, source):
     """Everything that going on, stage 2 and sampling need."""
+    posenet, poses = None, None
+    if at.posenet is not None:                            # one clip's poses, to show others in
+        posenet = at.posenet.state_dict()
+        with torch.no_grad(), sample.evaluating(at):
+            poses = sample.cameras_of(at, dataset, dataset.frames_of(0, heldout=False)).cpu()
     save(run / "stage1.pt", {
         "stage": 1, "step": at.step, "settings": dataclasses.asdict(s), "source": source,
         "names": dataset.names, "captions": dataset.captions, "view": turntable_view(dataset),
-        "seconds": at.seconds, "model": at.model.state_dict(),
-        "optimizer": at.optimizer.state_dict(), "order": at.order,
-        "random": random_states(at.generator), "fingerprint": fingerprint(at.model)})
+        "seconds": at.seconds, "model": at.autodecoder.state_dict(), "posenet": posenet,
+        "poses": poses, "optimizer": at.optimizer.state_dict(), "order": at.order,
+        "random": random_states(at.generator), "fingerprint": fingerprint(at.autodecoder)})
+
+
+def follow_schedule(s, at):
+    """Sets what changes from step to step: learning rates, and how a moving subject grows."""
+    share = at.step / s.steps_stage1
+    for group in at.optimizer.param_groups:               # PAPER: linear decay
+        group["lr"] = group["peak"] * (1 - share)
+    if at.posenet is None:
+        return
+    begin, end = s.growth
+    at.autodecoder.growth.fill_(min(1.0, max(0.0, (share - begin) / max(1e-9, end - begin))))
+    at.optimizer.param_groups[1]["lr"] *= share >= begin  # paint the ellipsoid first, then turn it
+    # PAPER (the predecessor): one part first, then its weights are copied to all parts.
+    if share >= s.split_at and int(at.posenet.active) < s.parts:
+        at.posenet.split()
+
+
+def learned_cameras(s, at, dataset, frames):
+    """What the pose network sees in frames (B, V): cameras (B, V, P, 4, 4), and its own losses."""
+    size = min(64, dataset.images.shape[1])
+    pictures = dataset.batch(frames.flatten(), size)[0].to(at.device)            # (B V, 3, 64, 64)
+    cameras, u, losses = at.posenet(pictures, settled=at.step > 0.9 * s.steps_stage1)
+    losses["equivariance"] = autodecoder.equivariance_loss(
+        at.posenet.points2d, pictures, u, at.generator)
+    loss = sum(getattr(s, f"{name}_weight") * value for name, value in losses.items())
+    return cameras.unflatten(0, frames.shape), loss
 
 
 def train_stage1(s, dataset, run, device, source, resume=False):
@@ -404,8 +511,7 @@ def train_stage1(s, dataset, run, device, source, resume=False):
     log = Progress(run, 1, at.step, s.steps_stage1, s.log_every)
     began = time.time() - at.seconds
     while at.step < s.steps_stage1:
-        for group in at.optimizer.param_groups:           # PAPER: linear decay
-            group["lr"] = s.lr_stage1 * (1 - at.step / s.steps_stage1)
+        follow_schedule(s, at)
         if len(at.order) < min(s.objects_per_step, dataset.n_objects):
             at.order = torch.randperm(dataset.n_objects, generator=at.generator)
         k, at.order = at.order[:s.objects_per_step], at.order[s.objects_per_step:]    # (B,)
@@ -416,29 +522,52 @@ def train_stage1(s, dataset, run, device, source, resume=False):
             images, masks, intrinsics = render.random_windows(
                 images, masks, intrinsics, s.window, at.generator)
         images, masks = images.to(device), masks.to(device)
-        out = render.render(at.model(k.to(device)), dataset.cam2world[frames].to(device),
-                            intrinsics.to(device), images.shape[-1], s.n_samples,
+        cameras, loss = dataset.cam2world[frames].to(device), 0.0                     # (B, V, 4, 4)
+        if at.posenet is not None:
+            cameras, loss = learned_cameras(s, at, dataset, frames)
+        volume = at.autodecoder(k.to(device))                                     # (B, 4, D, H, W)
+        out = render.render(volume, cameras, intrinsics.to(device), images.shape[-1], s.n_samples,
                             jitter=at.generator, extras=False)
-        loss = (s.perceptual_weight * autodecoder.pyramid_loss(
+        loss = (loss + s.perceptual_weight * autodecoder.pyramid_loss(
                     features, out["rgb"].flatten(0, 1), images.flatten(0, 1))
                 + s.foreground_weight * autodecoder.foreground_loss(out["occupancy"], masks))
+        if volume.shape[1] > 4 and cameras.shape[2] > 1:
+            loss = loss + s.usage_weight * autodecoder.usage_loss(volume)
         at.optimizer.zero_grad()
         loss.backward()
+        if at.posenet is not None:                        # each network by itself
+            for group in at.optimizer.param_groups:
+                torch.nn.utils.clip_grad_norm_(group["params"], s.clip)
         at.optimizer.step()
         at.step, at.seconds = at.step + 1, time.time() - began
         log(at.step, loss.item(), (out["rgb"].detach() - images).square().mean().item(),
             images.shape[-1])
         if at.step % s.save_every == 0 or at.step == s.steps_stage1:
             save_stage1(s, at, dataset, run, source)
-            viewer = SimpleNamespace(autodecoder=at.model, device=device)
-            sample.save_training_sheet(run / "training.png", viewer, dataset, at.step)
+            sample.save_training_sheet(run / "training.png", at, dataset, at.step)
             plot_log(run)
+    finish_stage1(s, at, dataset, run)
+
+
+def finish_stage1(s, at, dataset, run):
+    """Pictures from all sides, and how well held-out views are met."""
     add_metrics(run, s, seconds_stage1=round(at.seconds, 1), steps_stage1=at.step)
-    sample.save_orbit(run / "orbit.png", sample.load_run(run, device, stages=(1,)))
-    psnr = score_heldout(at.model, dataset, device)
-    if psnr is not None:
-        add_metrics(run, s, psnr_heldout=round(psnr, 3))
-        print(f"stage 1 | held-out views: {psnr:.2f} dB PSNR over {int(dataset.heldout.sum())}")
+    sample.save_orbit(run / "orbit.png", sample.load_run(run, at.device, stages=(1,)))
+    psnr = score_heldout(at, dataset)
+    if psnr is None:
+        return
+    add_metrics(run, s, psnr_heldout=round(psnr, 3))
+    line = f"stage 1 | held-out views: {psnr:.2f} dB PSNR over {int(dataset.heldout.sum())}"
+    if dataset.moving:
+        mean = score_mean_frame(dataset)
+        add_metrics(run, s, psnr_mean_frame=round(mean, 3))
+        line += f"; the clips' mean frames: {mean:.2f} dB"
+    print(line)
+    if dataset.truth:
+        scores = sample.score_motion(sample.load_run(run, at.device, stages=(1,)), dataset)
+        add_metrics(run, s, **scores)
+        print("stage 1 | against the truth: "
+              + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in scores.items()))
 
 
 # ---- Stage 2: diffusion on latents (Sec. 3.3) ---------------------------------------------------
@@ -553,7 +682,7 @@ def main(arguments=None):
     dataset = None
     if args.stage != 2:
         dataset = data.load(args.data, s.size, s.holdout, s.seed, s.n_objects, s.n_views,
-                            s.objects or None)
+                            s.objects or None, s.arc, s.clip_filter)
         print(f"data    | {dataset.layout}: {dataset.n_objects} objects, "
               f"{int((~dataset.heldout).sum())} training and {int(dataset.heldout.sum())} held-out "
               f"views, {s.size}x{s.size}, {time.time() - began:.0f} s")
@@ -562,6 +691,7 @@ def main(arguments=None):
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"--out {args.out} cannot be made: {error.strerror}") from None
+        s = fit_to_data(s, args.cameras, dataset, args.data)
         train_stage1(s, dataset, args.out, device, args.data, args.resume)
         add_metrics(args.out, s, seconds_data=round(seconds, 1))
         paths += [args.out / name for name in ("training.png", "orbit.png", "loss.png")]

@@ -8,7 +8,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import autodecoder                                                    # noqa: E402
-from autodecoder import AutoDecoder, HashEmbedding                    # noqa: E402
+import render                                                         # noqa: E402
+from autodecoder import AutoDecoder, HashEmbedding, PoseNet, cayley, solve_pnp    # noqa: E402
+
+F64 = torch.float64
 
 
 def small(seed=0, **kw):
@@ -246,3 +249,218 @@ def test_random_features_are_the_same_from_run_to_run_and_see_structure():
     assert [tuple(m.shape[1:]) for m in maps] == [
         (16, 32, 32), (32, 16, 16), (64, 8, 8), (64, 4, 4), (64, 2, 2)]
     assert autodecoder.pyramid_loss(first, image, image.flip(-1)) > 0.1
+
+
+# ---- Perspective-n-Point ------------------------------------------------------------------------
+
+
+def scene(B, K, distance=12.0, radius=1.0, flat=None, seed=0):
+    """Random points in a ball (or on z = 0, or on any plane) and poses -> X, x, R, t in float64."""
+    g = torch.Generator().manual_seed(seed)
+    X = torch.randn(B, K, 3, dtype=F64, generator=g)
+    X = X / X.norm(dim=-1, keepdim=True) * radius * torch.rand(B, K, 1, dtype=F64, generator=g)**.4
+    turn, R = (torch.linalg.qr(torch.randn(B, 3, 3, dtype=F64, generator=g))[0] for _ in range(2))
+    R = R * torch.linalg.det(R)[:, None, None]
+    if flat:
+        X = X * torch.tensor([1.0, 1, 0], dtype=F64)
+        X = X @ turn + 0.2 if flat == "tilted" else X
+    t = torch.cat([(torch.rand(B, 2, dtype=F64, generator=g) - 0.5) * 0.1 * distance,
+                   torch.full((B, 1), distance, dtype=F64)], 1)
+    return X, project(X, R, t), R, t
+
+
+def project(X, R, t):
+    camera = X @ R.mT + t[:, None]
+    return camera[..., :2] / camera[..., 2:]
+
+
+def degrees(R, S):
+    return 2 * torch.rad2deg(torch.asin(((R - S).flatten(1).norm(dim=1) / 8**0.5).clamp(max=1)))
+
+
+def gradients(X, x, out=lambda R, t: R.flatten(1)):
+    """Largest norm, over the outputs, of each object's gradient to X and x -> R, t, (B,), (B,)."""
+    X, x = X.detach().requires_grad_(), x.detach().clone().requires_grad_()
+    R, t = solve_pnp(X, x)
+    both = [torch.autograd.grad(v.sum(), (X, x), retain_graph=True) for v in out(R, t).unbind(1)]
+    return R, t, *(torch.stack([g.flatten(1).norm(dim=1) for g in gs]).amax(0)
+                   for gs in zip(*both))
+
+
+def test_cayley_is_a_rotation_about_h_by_twice_its_arctangent():
+    h = torch.tensor([[0, 0, 3**-0.5], [0, 0, 0]], dtype=F64)                    # 60 degrees, 0
+    quarter = torch.tensor([[0.5, -3**0.5 / 2, 0], [3**0.5 / 2, 0.5, 0], [0, 0, 1]], dtype=F64)
+    torch.testing.assert_close(cayley(h), torch.stack([quarter, torch.eye(3, dtype=F64)]))
+
+
+@pytest.mark.parametrize("flat", [None, "z = 0", "tilted"])
+@pytest.mark.parametrize("distance, radius", [(12.0, 0.5), (12.0, 1.0), (3.0, 1.0)])
+@pytest.mark.parametrize("K", [6, 12, 125])
+def test_exact_points_give_the_exact_pose(flat, distance, radius, K):
+    X, x, R, t = scene(40, K, distance, radius, flat)
+    for dtype, off in ((F64, 1e-6), (torch.float32, 1e-3)):
+        R2, t2 = solve_pnp(X.to(dtype), x.to(dtype))
+        torch.testing.assert_close(R2.to(F64), R, rtol=0, atol=off)
+        torch.testing.assert_close(t2.to(F64), t, rtol=off, atol=off)
+
+
+@pytest.mark.parametrize("flat, share", [(None, 0.99), ("z = 0", 0.97), ("tilted", 0.97)])
+def test_four_points_are_enough_save_for_rare_ambiguous_ones(flat, share):
+    for distance in (12.0, 3.0):
+        X, x, R, t = scene(300, 4, distance, 1.0, flat)
+        right = (solve_pnp(X, x)[0] - R).abs().amax((1, 2)) < 1e-6
+        assert right.double().mean() >= share
+
+
+def test_noisy_points_are_read_to_within_one_degree():
+    g = torch.Generator().manual_seed(1)
+    _, _, R, t = scene(300, 4)
+    X = 0.3 * torch.randn(300, 125, 3, dtype=F64, generator=g)
+    x = project(X, R, t) + 0.002 * torch.randn(300, 125, 2, dtype=F64, generator=g)
+    assert degrees(solve_pnp(X, x)[0], R).median() < 0.75                # DLT: 6 to 10 degrees
+
+
+def test_the_pose_is_where_the_reprojection_error_is_least():
+    X, x, _, _ = scene(20, 30)
+    x = x + 0.003 * torch.randn(x.shape, dtype=F64, generator=torch.Generator().manual_seed(0))
+    R, t = solve_pnp(X, x)
+    d = torch.zeros(20, 6, dtype=F64, requires_grad=True)
+    (project(X, cayley(d[:, :3]) @ R, t + d[:, 3:]) - x).square().sum().backward()
+    assert d.grad.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("flat, distance", [(None, 12.0), (None, 3.0), ("tilted", 3.0)])
+def test_gradients_match_finite_differences(flat, distance):
+    X, x, _, _ = scene(1, 10, distance, 1.0, flat, seed=3)
+    x = x + 0.002 * torch.randn(x.shape, dtype=F64, generator=torch.Generator().manual_seed(0))
+    assert torch.autograd.gradcheck(lambda X, x: solve_pnp(X, x, steps=20),
+                                    (X.requires_grad_(), x.requires_grad_()), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_stop_growing_where_predictions_collapse():
+    X, x, _, _ = scene(50, 125, radius=0.6)
+    middle = x.mean(1, keepdim=True)
+    for collapse in (1, 0.1, 0.01, 1e-3, 1e-4, 0):
+        R, t, to_X, to_x = gradients(X.float(), (middle + collapse * (x - middle)).float())
+        assert to_X.max() < 10 and to_x.max() < 1 / 3e-4, collapse
+        _, _, to_X, to_x = gradients(X.float(), (middle + collapse * (x - middle)).float(),
+                                     lambda R, t: t)
+        assert to_X.max() < 1e3 and to_x.max() < 1e4, collapse
+
+
+@pytest.mark.parametrize("K", [4, 30])
+def test_no_input_gives_a_number_that_is_not_finite(K):
+    g = torch.Generator().manual_seed(0)
+    n = 250
+    X, noise = torch.randn(n, K, 3, generator=g) * 0.5, torch.randn(n, K, 2, generator=g)
+    flat, line, twins = X.clone(), X.clone(), X.clone()
+    flat[..., 2], line[..., 1:], twins[:, 1:K // 2] = 0, 0, X[:, :1]
+    camera = X + torch.tensor([0, 0, 0.3])                               # many points behind it
+    behind = camera[..., :2] / torch.where(camera[..., 2:].abs() < 0.02, 0.02, camera[..., 2:])
+    cases = [(points, noise * size) for points in (X, flat, line, twins, X[:, :1].expand_as(X),
+             X + 5, torch.zeros_like(X)) for size in (0, 2e-4, 0.05, 10)] + [(X, behind)]
+    for points, x in cases:
+        # 1e5: few points and nonsense make large gradients, but 1 / collapse^k would be 1e9
+        R, t, to_X, to_x = gradients(points, x, lambda R, t: torch.cat([R.flatten(1), t], 1))
+        assert all(v.isfinite().all() for v in (R, t, to_X, to_x))
+        assert to_X.max() < 1e6 and to_x.max() < 1e6
+        torch.testing.assert_close(R @ R.mT, torch.eye(3).expand_as(R), rtol=0, atol=1e-5)
+        assert torch.linalg.det(R).min() > 0.999 and t[:, 2].min() > 0
+
+
+def test_wrong_shapes_are_refused_by_name():
+    for X, x in [((5, 6, 2), (5, 6, 2)), ((5, 6, 3), (5, 7, 2)), ((5, 3, 3), (5, 3, 2))]:
+        with pytest.raises(ValueError, match="points3d"):
+            solve_pnp(torch.zeros(X), torch.zeros(x))
+
+
+# ---- Learned poses ------------------------------------------------------------------------------
+
+
+def blob(centre, spread=0.15, side=64):
+    """A Gaussian picture (side, side) around centre (x, y) in half widths, y down; it sums to 1."""
+    at = (torch.arange(side, dtype=F64) + 0.5) * 2 / side - 1
+    picture = torch.exp(-((at - centre[0])**2 + (at[:, None] - centre[1])**2) / (2 * spread**2))
+    return picture / picture.sum()
+
+
+def test_soft_argmax_of_a_gaussian_is_its_mean():
+    for centre in ((0.0, 0.0), (0.3, -0.2), (-0.25, 0.1)):
+        mean = autodecoder.soft_argmax(blob(centre, 0.1))
+        torch.testing.assert_close(mean, torch.tensor(centre, dtype=F64), rtol=0, atol=1e-9)
+
+
+def test_equivariance_loss_is_zero_for_an_equivariant_predictor_only():
+    frames = torch.stack([blob(c) for c in ((0.1, 0.2), (-0.2, 0.0), (0.0, -0.1))])[:, None]
+    frames = frames.expand(-1, 3, -1, -1).float()
+
+    def centroid(x):
+        return autodecoder.soft_argmax(x[:, :1] / x[:, :1].sum((2, 3), keepdim=True))
+
+    def loss(predict):
+        return autodecoder.equivariance_loss(predict, frames, predict(frames),
+                                             torch.Generator().manual_seed(0))
+
+    assert loss(centroid) < 1e-3
+    assert loss(lambda x: torch.zeros(3, 1, 2)) > 0.03
+    assert loss(lambda x: centroid(x) * torch.tensor([-1.0, 1])) > 0.03          # mirrored
+
+
+def posenet(parts=2, **kw):
+    torch.manual_seed(0)
+    return PoseNet(parts, 8, focal=5.7, body=(0.3, 0.8, 0.3), width=16, **kw)
+
+
+def test_an_average_frame_is_seen_from_the_default_camera():
+    net = posenet()
+    frames = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    cameras, u, losses = net(frames)                   # one frame is its own mean
+    expected = torch.eye(4)
+    expected[2, 3] = net.distance
+    torch.testing.assert_close(cameras[0, 0], expected, rtol=0, atol=2e-3)
+    assert cameras.shape == (1, 1, 4, 4) and u.shape == (1, 2, 8, 2)
+    assert losses["reprojection"] < 1e-4 and losses["distance"] < 1e-4
+
+
+def test_points_that_shift_in_the_picture_shift_the_object():
+    net = posenet().eval()
+    frames = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    net.mean.copy_(net.points2d(frames)[0] - torch.tensor([0.1, 0.0]))         # all 0.1 to the right
+    with torch.no_grad():
+        camera = net(frames)[0][:, 0]                                          # (1, 4, 4)
+    where, depth = render.project(torch.zeros(1, 1, 3), camera, torch.tensor([[5.7, 5.7, 0.5, 0.5]]))
+    torch.testing.assert_close(where[0, 0], torch.tensor([0.55, 0.5]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(depth[0, 0], torch.tensor(net.distance), rtol=0, atol=1e-2)
+
+
+def test_split_gives_every_part_the_pose_of_the_first_but_for_noise():
+    net = posenet(parts=3).eval()
+    frames = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    before = net(frames)[0]
+    net.split(noise=0.0)
+    after = net(frames)[0]
+    assert after.shape == (4, 3, 4, 4) and int(net.active) == 3
+    torch.testing.assert_close(after, before.expand(4, 3, 4, 4), rtol=0, atol=1e-4)
+    net.split(noise=0.02)
+    assert (net.keypoints.heat.weight[:8] - net.keypoints.heat.weight[8:16]).abs().max() > 1e-4
+
+
+def test_usage_loss_is_zero_when_all_parts_are_used_and_half_when_one_of_two_is_not():
+    volume = torch.zeros(1, 6, 4, 4, 4)
+    volume[:, 0] = 1
+    assert autodecoder.usage_loss(volume) == 0
+    volume[:, 4] = 100
+    torch.testing.assert_close(autodecoder.usage_loss(volume), torch.tensor(0.25))
+
+
+def test_a_moving_subject_starts_as_an_opaque_ellipsoid_with_parts_spread_over_it():
+    model = AutoDecoder(3, 16, 16, volume_side=16, latent_side=4, depth=1, attention=(),
+                        norm="group", parts=4, half_axes=(0.3, 0.8, 0.3))
+    model.growth.fill_(0.0)
+    volume = model(torch.arange(3))
+    assert volume.shape == (3, 8, 16, 16, 16)
+    assert torch.equal(volume[0, 0], volume[2, 0])               # no object's own density yet
+    assert volume[0, 0, 8, 8, 8] > 20 and volume[0, 0, 8, 8, 1] < 0.1      # z, y, x
+    centres = autodecoder.spread_points(4, (0.3, 0.8, 0.3))
+    assert torch.cdist(centres, centres).add(10 * torch.eye(4)).min() > 0.25
+    assert ((centres / torch.tensor([0.3, 0.8, 0.3])).norm(dim=1) < 1).all()

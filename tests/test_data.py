@@ -68,7 +68,7 @@ def test_a_box_seen_head_on_covers_its_exact_share_of_the_picture():
     part = box((0, 0, 0), (0.8, 0.4, 0.5), (0.9, 0.5, 0.1))
     rgba = data.raytrace(
         [part], data.look_at([[0, 0, 4.5]]), torch.tensor([[1.0, 1, 0.5, 0.5]]), 40, 5
-    )[0]
+    )[0][0]
     assert rgba[..., 3].mean().item() == pytest.approx(
         4 * 0.8 * 0.4 / 4**2, abs=1e-6
     )  # at distance 4
@@ -86,7 +86,7 @@ def test_a_picture_shows_up_right_and_near_where_they_are():
     )
     rgba = data.raytrace(
         [far, up, right, near], data.look_at([[0, 0, 4]]), torch.tensor([[1.0, 1, 0.5, 0.5]]), 64
-    )[0]
+    )[0][0]
     y, x = (rgba[..., 0] > rgba[..., 3] / 3).nonzero().float().mean(0).tolist()
     assert y < 20 and abs(x - 31.5) < 1
     y, x = ((rgba[..., 1] > 0) & (rgba[..., 0] == 0)).nonzero().float().mean(0).tolist()
@@ -138,6 +138,35 @@ def test_surface_points_keep_to_the_outside_of_the_union(synthetic):
         )
         assert (level.amin(0) - 1).abs().max() < 1e-4  # on one, inside none
     assert not torch.equal(synthetic.surface_points(0, 9, seed=1), synthetic.surface_points(0, 9))
+
+
+def test_ray_enters_a_ball_at_a_known_distance_and_its_normal_points_out():
+    part = data.ball((1, 0, 0), (0.5, 0.5, 2), (1, 1, 1))
+    o, d = torch.tensor([[1.3, 0, 9], [1.3, 0.41, 9]]), torch.tensor([[0.0, 0, -1]] * 2)
+    t = data.hit(part, o, d)
+    z = 2 * (1 - 0.6**2) ** 0.5  # x = 0.3 is 0.6 half axes off
+    assert t.tolist() == pytest.approx([9 - z, np.inf], abs=1e-5)
+    normal = data.normal_at(part, torch.tensor([[1.3, 0, z]]))
+    gradient = torch.tensor([[0.3 / 0.5**2, 0, z / 2**2]])
+    torch.testing.assert_close(normal, gradient / gradient.norm())
+
+
+def test_a_moved_part_looks_like_the_same_part_built_where_it_went():
+    rest = [box((0.1, 0, 0), (0.3, 0.2, 0.4), (0.9, 0.5, 0.1)),
+            cylinder((-0.5, 0, 0), 0.2, 0.3, (0.2, 0.5, 0.9)),
+            data.ball((0, 0.6, 0), (0.2, 0.3, 0.1), (0.4, 0.9, 0.3))]
+    moves = torch.eye(4).repeat(1, 3, 1, 1)
+    for i in range(3):
+        moves[0, i, :3, :3] = data.turn(*torch.tensor([[0.3], [0.5 - i], [0.2]]))[0]
+        moves[0, i, :3, 3] = torch.tensor([0.1 * i, -0.1, 0.2])
+    there = [data.Primitive(p.kind, (M @ torch.cat([p.centre, torch.ones(1)]))[:3], p.half,
+                            p.colour, M[:3, :3] @ p.rotation) for p, M in zip(rest, moves[0])]
+    camera = data.fixed_camera(1)
+    rgba, which = data.raytrace(rest, *camera, 48, moves=moves)
+    expected, index = data.raytrace(there, *camera, 48)
+    assert (which == index).float().mean() > 0.999  # rounding, on an edge or two
+    assert (rgba - expected).abs().mean() < 1e-4 and rgba[..., 3].mean() > 0.1
+    assert which.unique().tolist() == [-1, 0, 1, 2]
 
 
 # ---------------------------------------------------------------- the synthetic set
@@ -212,6 +241,108 @@ def test_batch_averages_over_area_and_keeps_the_shape_of_its_index(synthetic):
         synthetic.batch(index, 33)
 
 
+def test_an_arc_goes_round_the_front_evenly_and_keeps_the_size_in_the_picture(synthetic):
+    d = data.load("synthetic", 32, 0, n_objects=2, n_views=7, arc=60.0)
+    for k in range(2):
+        where = d.cam2world[d.frames_of(k), :3, 3]
+        azimuth = torch.atan2(where[:, 0], where[:, 2]).rad2deg()
+        torch.testing.assert_close(azimuth, torch.arange(-60.0, 61, 20), atol=1e-3, rtol=0)
+        assert torch.asin(where[:, 1] / 12).rad2deg().numpy() == pytest.approx(15, abs=1e-3)
+    assert not d.moving and [p.colour for p in d.shapes[0]] == [
+        p.colour for p in synthetic.shapes[0]
+    ]
+    near, far = (data.mask_box(x.masks[:14]) for x in (synthetic, d))
+    side = [(b[:, 1::2] - b[:, ::2]).amax(1).mean().item() for b in (near, far)]
+    assert side[1] == pytest.approx(side[0], rel=0.12)
+
+
+# ---------------------------------------------------------------- puppets
+@pytest.fixture(scope="module")
+def puppets():
+    return data.load("puppets", 64, seed=1, n_objects=3, n_views=24)
+
+
+def test_puppets_have_the_promised_shapes_and_captions(puppets):
+    shapes = {k: (tuple(v.shape), v.dtype) for k, v in puppets.truth.items()}
+    assert shapes == dict(yaw=((72,), torch.float32), angles=((72, 4), torch.float32),
+                          poses=((72, 6, 3, 4), torch.float32), parts=((72, 64, 64), torch.uint8))
+    assert puppets.images.shape == (72, 64, 64, 3) and puppets.names == ["0000", "0001", "0002"]
+    for text in puppets.captions:
+        assert text.startswith("a puppet with ") and text.endswith(" trousers")
+
+
+def test_puppet_k_is_the_same_in_a_larger_set_and_differs_with_the_seed(puppets):
+    alone = data.load("puppets", 64, 6, 1, 9, 24, objects="0002")
+    assert torch.equal(alone.images, puppets.images[48:])
+    assert all(torch.equal(alone.truth[k], puppets.truth[k][48:]) for k in alone.truth)
+    other = data.load("puppets", 64, 6, 2, 1, 24)
+    assert not torch.equal(other.images, puppets.images[:24])
+
+
+def test_puppets_stay_in_frame_and_fill_it(puppets):
+    masks = puppets.masks
+    assert max(masks[:, i].max() for i in (0, -1)) == 0
+    assert max(masks[:, :, i].max() for i in (0, -1)) == 0
+    left, right, top, bottom = data.mask_box(masks).T
+    assert (bottom - top).min() > 0.75 * 64
+
+
+def test_part_labels_agree_with_the_mask_and_every_part_is_seen(puppets):
+    parts, masks = puppets.truth["parts"], puppets.masks
+    assert (parts[masks == 255] > 0).all() and (parts[masks == 0] == 0).all()
+    assert parts.unique().tolist() == list(range(7))
+    small, large = (data.load("puppets", s, 0, 1, 1, 2).truth["parts"] for s in (48, 144))
+    assert torch.equal(small, large[:, 1::3, 1::3])  # the label is that of the pixel's centre
+
+
+def test_yaw_covers_both_sides_smoothly_and_limbs_move_on_their_own(puppets):
+    for k in range(3):
+        f = puppets.frames_of(k)
+        yaw, angles = puppets.truth["yaw"][f].rad2deg(), puppets.truth["angles"][f].rad2deg()
+        assert -45.1 < yaw.min() < -30 and 30 < yaw.max() < 45.1
+        assert yaw.diff().abs().max() < 30
+        assert (angles.amin(0) >= torch.tensor([-0.1, -0.1, -25.1, -25.1])).all()
+        assert (angles.amax(0) <= torch.tensor([120.1, 120.1, 25.1, 25.1])).all()
+        alike = torch.corrcoef(torch.cat([yaw[None], angles.T])) - torch.eye(5)
+        assert alike.abs().max() < 0.97
+
+
+def test_true_poses_are_rigid_and_turn_the_chest_by_yaw(puppets):
+    R = puppets.truth["poses"][..., :3]
+    eye = torch.eye(3).expand_as(R)
+    torch.testing.assert_close(R @ R.mT, eye, atol=1e-5, rtol=0)
+    ahead = R[:, 1, :, 2]  # where the torso's +z went
+    torch.testing.assert_close(torch.atan2(ahead[:, 0], ahead[:, 2]), puppets.truth["yaw"],
+                               atol=0.01, rtol=0)
+
+
+def test_arms_rise_to_their_own_side_by_the_true_angle(puppets):
+    M, angles = puppets.truth["poses"], puppets.truth["angles"]
+    turned = M[:, 1, :, :3].mT[:, None] @ M[..., :3]  # (F, 6, 3, 3) as seen from the torso
+    down = -turned[:, 2:4, :, 1]  # (F, 2, 3) where the arms, which hang at rest, point
+    side = down[..., 0] * torch.tensor([1.0, -1])  # the left arm goes to +x
+    torch.testing.assert_close(torch.atan2(side, -down[..., 1]), angles[:, :2], atol=1e-4, rtol=0)
+    forward = -turned[:, 4:, 2, 1]  # the legs' main angle is forwards, to +z
+    torch.testing.assert_close(forward, angles[:, 2:].sin(), atol=0.01, rtol=0)
+
+
+def test_true_poses_carry_a_hand_onto_its_pixels(puppets):
+    for k in range(3):
+        parts, _, _ = data.make_puppet(np.random.default_rng([1, 1000 + k]))
+        f = puppets.frames_of(k)
+        for limb in (2, 3):
+            M, hand = puppets.truth["poses"][f, limb], parts[limb][-1].centre
+            where = M[:, :, :3] @ hand + M[:, :, 3]  # (V, 3)
+            at = data.project(where, puppets.cam2world[f[:1]], puppets.intrinsics[f[:1]])[0]
+            x, y = (at * 64).long().T
+            aside = puppets.truth["angles"][f, limb - 2] > 0.9  # the body does not hide it
+            seen = puppets.truth["parts"][f, y, x] == limb + 1
+            assert aside.sum() > 3 and seen[aside].float().mean() > 0.9
+            # The left hand (pink) is redder than blue-green, the right one (cyan) the reverse.
+            red, green, _ = puppets.images[f, y, x].float().T
+            assert ((red > green) == (limb == 2))[aside & seen].float().mean() > 0.9
+
+
 # ---------------------------------------------------------------- one known scene in every layout
 SCENE = [
     box((3, 1, -2), (0.5, 0.9, 0.3), (0.8, 0.2, 0.2)),
@@ -232,7 +363,7 @@ def shots():
     )
     poses = data.look_at(where, ((LOW + HIGH) / 2).numpy())
     camera = torch.tensor([[1.6, 1.6, 0.52, 0.47]]).repeat(12, 1)
-    rgba = data.raytrace(SCENE, poses, camera, 96)
+    rgba, _ = data.raytrace(SCENE, poses, camera, 96)
     rgba[..., :3] /= rgba[..., 3:].clamp(min=1e-6)
     return (
         (rgba * 255).round().byte().numpy(),
@@ -374,7 +505,7 @@ def centred(shots):
     before a 32 mm sensor (LLFF has no principal point, Objaverse renders neither of the two)."""
     poses = torch.from_numpy(shots[1]).float()
     camera = torch.tensor([[35 / 32, 35 / 32, 0.5, 0.5]])
-    rgba = data.raytrace(SCENE, poses, camera.repeat(12, 1), 96)
+    rgba, _ = data.raytrace(SCENE, poses, camera.repeat(12, 1), 96)
     rgba[..., :3] /= rgba[..., 3:].clamp(min=1e-6)
     return (rgba * 255).round().byte().numpy(), shots[1], camera[0].double().numpy() * 96
 
@@ -409,13 +540,13 @@ def test_loader_puts_the_known_scene_into_the_cube_upright(layout, shots, tmp_pa
         data.Primitive(p.kind, s * (R @ (p.centre - c)), s * p.half, p.colour, R @ p.rotation)
         for p in SCENE
     ]
-    again = data.raytrace(scene, d.cam2world, d.intrinsics, 64)
+    again, _ = data.raytrace(scene, d.cam2world, d.intrinsics, 64)
     off = (again[..., 3] - d.masks / 255.0).abs().sum() / again[..., 3].sum()
     assert off < 0.05
     blue = lambda x: (x[..., 2] > 1.5 * x[..., 0]) & (x[..., 2] > 1.5 * x[..., 1])
     mine, theirs = blue(again[..., :3]), blue(d.images.float())
     assert (mine & theirs).sum() > 0.8 * (mine | theirs).sum()
-    # And a single known point, the middle of the blue cylinder, falls on blue where it is in front.
+    # A single known point, the middle of the blue cylinder, falls on blue where it is in front.
     at = (data.project(scene[2].centre[None], d.cam2world, d.intrinsics)[:, 0] * 64).long()
     on = theirs[torch.arange(12), at[:, 1], at[:, 0]]
     assert on.sum() >= 6 and (on == mine[torch.arange(12), at[:, 1], at[:, 0]]).sum() >= 11
@@ -511,6 +642,17 @@ def test_components_separate_what_touches_only_at_corners():
     assert (label[~mask] == 0).all() and len(np.unique(label[0, 1:][mask[0, 1:]])) == 1
 
 
+def test_holes_are_filled_up_to_their_limit_and_bays_never():
+    mask = np.zeros((1, 12, 12), bool)
+    mask[0, 1:11, 1:11] = True
+    mask[0, 2:4, 2:4] = mask[0, 5:8, 5:8] = mask[0, 9:, 9] = False  # 4 and 9 pixels, and a bay
+    filled = mask.copy()
+    filled[0, 2:4, 2:4] = True
+    assert (data.fill_holes(mask, 8) == filled).all()
+    filled[0, 5:8, 5:8] = True
+    assert (data.fill_holes(mask) == filled).all()
+
+
 def test_coil_mask_fills_dark_holes_and_drops_specks():
     photo = np.full((1, 40, 40, 3), 26, np.uint8)
     photo[0, 10:30, 8:32] = 180
@@ -530,7 +672,7 @@ def write_coil(root, angles=range(0, 360, 15)):
     a, e = np.radians(list(angles)), np.radians(data.COIL_ELEVATION)
     back = np.stack([np.sin(a) * np.cos(e), np.sin(e) + 0 * a, np.cos(a) * np.cos(e)], 1)
     camera = torch.tensor([[6.0, 6, 0.5, 0.5]]).repeat(len(a), 1)
-    rgba = data.raytrace(parts, data.look_at(data.COIL_DISTANCE * back), camera, 128)
+    rgba, _ = data.raytrace(parts, data.look_at(data.COIL_DISTANCE * back), camera, 128)
     root.mkdir(parents=True, exist_ok=True)
     for angle, image in zip(angles, (rgba[..., :3] * 229 + 26).byte().numpy()):
         iio.imwrite(root / f"obj3__{angle}.png", image)
@@ -577,6 +719,166 @@ def test_coil_zoom_keeps_the_object_one_size_in_the_world(tmp_path):
         return torch.stack([(u - left) / (right - left), (v - top) / (bottom - top)], -1)
 
     assert (relative(before) - relative(after)).abs().max() < 0.06
+
+
+# ---------------------------------------------------------------- clips
+def made_clip(n=20, size=64, side=20, noise=3.0, still=False, seed=0):
+    """A square that walks to and fro before a noisy wall: frames (n, S, S, 3), masks (n, S, S)."""
+    rng = np.random.default_rng(seed)
+    frames = np.array([120.0, 110, 95]) + rng.normal(0, noise, (n, size, size, 3))
+    masks = np.zeros((n, size, size), bool)
+    for i in range(n):
+        x = 22 + (0 if still else round(14 * np.sin(i / 2)))
+        masks[i, 24:24 + side, x:x + side] = True
+    frames[masks] += np.array([60.0, -60, 20])
+    return frames.clip(0, 255).round().astype(np.uint8), masks
+
+
+def write_strip(path, frames):
+    iio.imwrite(path, np.concatenate(list(frames), 1))
+
+
+def iou(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+def test_background_model_finds_a_square_that_walks_and_one_that_stands_still_in_part():
+    frames, masks = made_clip()
+    assert iou(data.subtract_background(frames, "clip"), masks) > 0.95
+    body = np.zeros_like(masks)
+    body[:, 44:, 26:38] = True  # legs that never move
+    frames[body] = np.array([40, 50, 140])
+    frames[3, 5:8, 5:8] = 255  # a speck, for a moment
+    found = data.subtract_background(frames, "clip")
+    assert iou(found, masks | body) > 0.95 and not found[3, :10, :10].any()
+
+
+def test_background_model_leaves_shadows_out():
+    frames, masks = made_clip(noise=1.0)
+    shadow = np.roll(masks, 20, 1) & ~masks  # below the square, wherever it goes
+    frames[shadow] = (0.87 * frames[shadow]).astype(np.uint8)
+    assert iou(data.subtract_background(frames, "clip"), masks) > 0.95
+
+
+def test_a_strip_is_cropped_once_for_the_whole_clip_and_fills_the_frame(tmp_path):
+    frames, masks = made_clip()
+    write_strip(tmp_path / "walk.png", frames)
+    write_strip(tmp_path / "other.png", made_clip(9, size=80)[0])  # another size, another length
+    d = data.load(tmp_path, 32)
+    assert d.names == ["other", "walk"] and d.object_index.bincount().tolist() == [9, 20]
+    walk = d.masks[d.frames_of(1)] > 127
+    left, right = masks.any((0, 1)).nonzero()[0][[0, -1]]
+    zoom = 0.95 * 32 / (right + 1 - left)  # wider than high: the width decides
+    box = data.mask_box(walk.byte())
+    assert box[:, 0].min() == pytest.approx(0.025 * 32, abs=1.1)
+    assert (box[:, 1] - box[:, 0]).mean() == pytest.approx(20 * zoom, abs=1)
+    centre = masks.any(1).argmax(1) - masks.any(1).argmax(1).mean()  # it moves as it did
+    moved = (box[:, 0] - box[:, 0].mean()).numpy()
+    assert np.abs(moved - centre * zoom).max() < 1.5
+    assert (d.images[d.masks == 0] == 0).all()
+    cam2world, intrinsics = data.fixed_camera(29)
+    assert torch.equal(d.cam2world, cam2world) and torch.equal(d.intrinsics, intrinsics)
+    u = data.project(torch.tensor([[1.0527, 0, 0]]), cam2world[:1], intrinsics[:1])[0, 0]
+    torch.testing.assert_close(u, torch.tensor([1.0, 0.5]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webm", "a.avi"])
+def test_videos_are_read_back_with_all_their_frames(name, tmp_path):
+    frames, masks = made_clip(12, noise=0)
+    how = dict(plugin="FFMPEG", fps=10, macro_block_size=1) if name != "a.gif" else dict(loop=0)
+    how |= dict(codec="libvpx-vp9") if name == "a.webm" else {}
+    iio.imwrite(tmp_path / name, frames, **how)
+    clip = data.read_clip(tmp_path / name, 64)
+    assert clip.shape == (12, 64, 64, 4)
+    assert np.abs(clip[..., :3].astype(float) - frames).mean() < 8
+    assert iou(data.subtract_background(clip[..., :3], "a"), masks) > 0.85
+    assert data.read_clip(tmp_path / name, 32).shape == (12, 32, 32, 4)
+
+
+@pytest.mark.parametrize("where", ["alpha", "beside images"])
+def test_masks_of_a_folder_of_frames_are_used_as_they_are(where, tmp_path):
+    frames, masks = made_clip(6, still=True)  # no motion: only masks can tell
+    rgba = np.concatenate([frames, (255 * masks[..., None]).astype(np.uint8)], -1)
+    if where == "alpha":
+        save(tmp_path / "a", rgba)
+    else:
+        save(tmp_path / "a" / "images", rgba, "masks")
+    clip = data.read_clip(tmp_path / "a", 64)
+    np.testing.assert_array_equal(clip[..., 3] > 127, masks)
+    cover = data.load(tmp_path, 30).masks.float().mean() / 255
+    assert cover == pytest.approx(0.9**2, abs=0.03)  # a square 90 % as high as the frame
+
+
+def test_clip_filter_drops_ends_thin_frames_and_short_clips(tmp_path):
+    frames, masks = made_clip(20, side=24, still=True)
+    for name, n in (("long", 20), ("short", 4)):
+        mask = masks[:n].copy()
+        mask[9 if n == 20 else 3, 26:] = False  # a thin frame each
+        alpha = (255 * mask[..., None]).astype(np.uint8)
+        save(tmp_path / name, np.concatenate([frames[:n], alpha], -1))
+    d = data.load(tmp_path, 32)
+    assert d.object_index.bincount().tolist() == [20, 4]
+    d = data.load(tmp_path, 32, clip_filter=True)
+    assert d.names == ["long"] and len(d.images) == 20 - 2 * 2 - 1
+    assert any("1 clips have under 4" in line for line in d.skipped)
+    assert any("25 % foreground" in line for line in d.skipped)
+    with pytest.raises(BadInput, match="1 clips have under 4 frames left"):
+        data.load(tmp_path, 32, objects="short", clip_filter=True)
+
+
+def test_the_end_of_every_clip_is_held_out(puppets, tmp_path):
+    assert torch.equal(puppets.heldout, (torch.arange(24) >= 20).repeat(3))
+    write_strip(tmp_path / "a.png", made_clip(13)[0])
+    write_strip(tmp_path / "b.png", made_clip(5)[0])  # too short: keeps all
+    for holdout, expected in [(6, [11, 12]), (4, [10, 11, 12, 17]), (0, []), (14, [])]:
+        d = data.load(tmp_path, 16, holdout)
+        assert d.moving and d.truth is None and d.heldout.nonzero()[:, 0].tolist() == expected
+
+
+def test_only_clips_are_taken_for_clips(tmp_path):
+    photo = np.zeros((32, 32, 3), np.uint8)
+    for name in ("coil/obj1__0.png", "coil/obj1__5.png", "loose/a.png", "loose/wide.png",
+                 "scene/images/0.png", "scene/masks/0.png", "nerf/a/train/0.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        iio.imwrite(tmp_path / name, np.tile(photo, (1, 5, 1)) if "wide" in name else photo)
+    (tmp_path / "nerf" / "a" / "transforms.json").write_text("{}")
+    for name in ("loose", "scene", "scene/images"):
+        with pytest.raises(BadInput, match="no layout recognised.*clips, which are videos"):
+            data.load(tmp_path / name, 32)
+    with pytest.raises(BadInput, match="coil.*black"):  # cameras come first
+        data.load(tmp_path / "coil", 32)
+    with pytest.raises(BadInput, match="nerf/a"):
+        data.load(tmp_path / "nerf", 32)
+
+
+def test_bad_clips_are_refused_by_name_in_one_line(tmp_path):
+    def refuses(says, path="a"):
+        with pytest.raises(BadInput, match=says) as err:
+            data.load(tmp_path, 32)
+        assert str(tmp_path / path) in str(err.value) and "\n" not in str(err.value).strip()
+        for file in sorted(tmp_path.rglob("*"), reverse=True):
+            file.rmdir() if file.is_dir() else file.unlink()
+    frames = made_clip(6)[0]
+    (tmp_path / "a").mkdir()
+    iio.imwrite(tmp_path / "a" / "0.png", frames[0])
+    refuses("1 frame.*at least 2")
+    (tmp_path / "a").mkdir()
+    iio.imwrite(tmp_path / "a" / "0.png", frames[0])
+    iio.imwrite(tmp_path / "a" / "1.png", frames[1, :40])
+    refuses("64x40 and 64x64.*all of one size")
+    (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(500))
+    refuses("not a readable video.*re-encode", "a.mp4")
+    (tmp_path / "a.gif").write_bytes(b"GIF89a" + bytes(20))
+    refuses("not a readable video", "a.gif")
+    write_strip(tmp_path / "a.png", frames)
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:9000])
+    refuses("truncated or not an image", "a.png")
+    write_strip(tmp_path / "a.png", made_clip(6, noise=1.0, still=True)[0])
+    refuses("nothing moves.*give masks", "a.png")
+    wall = made_clip(8, noise=1.0, side=0)[0]
+    wall[::3, 20:40, 20:40] = (0.87 * wall[::3, 20:40, 20:40]).astype(np.uint8)  # only a shadow
+    write_strip(tmp_path / "a.png", wall)
+    refuses("nothing stands before the background in 8 of its 8", "a.png")
 
 
 # ---------------------------------------------------------------- bad input
@@ -775,6 +1077,19 @@ def test_command_line_errors_are_one_line_and_status_2(tmp_path):
     )
 
 
+def test_command_line_says_of_clips_that_cameras_are_unknown(tmp_path):
+    (tmp_path / "clips").mkdir()
+    write_strip(tmp_path / "clips" / "a.png", made_clip(12)[0])
+    args = "--data", tmp_path / "clips", "--size", 32, "--out", tmp_path / "out"
+    done = run(*args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("clips", "cameras   unknown", "12: 12 to 12 an object; 2 held out"):
+        assert word in done.stdout
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["sheet.png"]
+    done = run(*args, "--clip-filter", cwd=tmp_path)  # the square is too small for it
+    assert done.returncode == 2 and "under 4 frames" in done.stderr
+
+
 # ---------------------------------------------------------------- real photos
 def silhouettes_explained(dataset, k):
     """Share of the masks that the masks' own visual hull covers when it is seen again."""
@@ -826,3 +1141,14 @@ def test_coil_cameras_explain_the_silhouettes():
     assert d.names == ["obj5", "obj13", "obj41", "obj65"]
     for k in range(4):
         assert silhouettes_explained(d, k) > 0.85, d.names[k]
+
+
+@needs_real
+def test_weizmann_is_28_clips_whose_masks_are_people():
+    d = data.load(REAL / "weizmann", 64)
+    assert d.n_objects == 28 and d.object_index.bincount().min() == 51
+    cover = d.masks.float().mean((1, 2)) / 255
+    assert 0.05 < cover.min() and cover.max() < 0.6
+    left, right, top, bottom = data.mask_box(d.masks).T / 64
+    tall = torch.stack([(bottom - top)[d.frames_of(k)].max() for k in range(28)])
+    assert tall.min() > 0.5 and tall.max() < 0.95

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,10 +79,10 @@ def test_one_object_overfits_to_over_30_db(tmp_path):
     run("--stage", "1", "--n-objects", "1", "--n-views", "12", "--size", "32", "--volume-side",
         "32", "--objects-per-step", "1", "--n-samples", "48", "--steps", "300", "--lr-stage1",
         "0.005", "--log-every", "50", "--save-every", "300", "--holdout", "0", out=tmp_path)
-    model = sample.load_run(tmp_path, stages=(1,)).autodecoder
+    trained = sample.load_run(tmp_path, stages=(1,))
     dataset = data.load("synthetic", 32, 0, n_objects=1, n_views=12)
     dataset.heldout[:] = True                            # score the views that it was trained on
-    assert train.score_heldout(model, dataset, "cpu") > 30
+    assert train.score_heldout(trained, dataset) > 30
 
 
 def test_coarse_to_fine_ends_at_full_size():
@@ -109,7 +110,8 @@ def test_perfect_model_scores_as_its_error_says(monkeypatch):
     black.forward = lambda k: torch.zeros(len(k), 4, 4, 4, 4)
     truth = dataset.batch(torch.nonzero(dataset.heldout)[:, 0], 16)[0]
     expected = (-10 * torch.log10(truth.square().flatten(1).mean(1))).mean()
-    assert train.score_heldout(black, dataset, "cpu") == pytest.approx(float(expected), abs=1e-4)
+    at = SimpleNamespace(autodecoder=black, posenet=None, device="cpu")
+    assert train.score_heldout(at, dataset) == pytest.approx(float(expected), abs=1e-4)
 
 
 def count(module):
@@ -134,7 +136,8 @@ def test_presets_build_with_the_shapes_of_table_5(preset, capsys):
     if preset.startswith("paper"):
         assert latent.shape[1:] == (256, 8, 8, 8) and s["embed_dim"] == 1024
         side = {"paper-tables": 128}.get(preset, 64)
-        assert volume.shape == (2, 4, side, side, side)
+        channels = 14 if preset == "paper-celebv" else 4
+        assert volume.shape == (2, channels, side, side, side)
 
 
 def call(*arguments):
@@ -154,7 +157,9 @@ def call(*arguments):
     (["--latent-side", "5"], "latent_side 5"),
     (["--unet-multipliers", "1,1,1,1"], "halved 3 times"),
     (["--perceptual", "vgg.pth"], "vgg19-dcbb9e9d.pth"),
-    (["--preset", "paper-celebv"], "not built yet"),
+    (["--data", "puppets", "--cameras", "known"], "--cameras known"),
+    (["--data", "puppets"], "--size 16"),
+    (["--data", "puppets", "--size", "32", "--keypoints", "9"], "keypoints 9"),
     (["--device", "cuda:77"], "--device cpu"),
 ])
 def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(arguments, says, tmp_path):
@@ -200,3 +205,77 @@ def test_one_object_has_no_distribution_to_learn(tmp_path):
     run("--stage", "1", "--n-objects", "1", "--steps", "2", out=tmp_path)
     with pytest.raises(data.BadInput, match="one object has none"):
         run("--stage", "2", "--steps", "2", out=tmp_path)
+
+
+# ---- Moving subjects ----------------------------------------------------------------------------
+
+PUPPETS = ["--data", "puppets", "--n-objects", "2", "--n-views", "12", "--size", "32", "--parts",
+           "2", "--keypoints", "8", "--views-per-step", "2", "--objects-per-step", "2"]
+
+
+def test_learned_poses_lower_the_loss_and_every_number_stays_finite(tmp_path, capsys):
+    run(*PUPPETS, "--stage", "1", "--steps", "60", "--log-every", "10", out=tmp_path)
+    rows = list(csv.DictReader(open(tmp_path / "log.csv")))
+    losses = [float(r["loss"]) for r in rows]
+    assert len(losses) == 6 and losses[-1] < 0.8 * losses[0]
+    trained = sample.load_run(tmp_path, stages=(1,))
+    assert int(trained.posenet.active) == 2                        # one part became two
+    assert float(trained.autodecoder.growth) == 1.0
+    assert all(v.isfinite().all() for module in (trained.autodecoder, trained.posenet)
+               for v in module.state_dict().values())
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["psnr_mean_frame"] > 10 and 0.2 < metrics["part_purity"] <= 1
+    assert -1 <= metrics["yaw_correlation"] <= 1 and len(metrics["limb_correlation"]) == 4
+
+
+def test_learned_poses_resume_to_the_same_bits(tmp_path, monkeypatch):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run(*PUPPETS, "--stage", "1", "--steps", "8", out=whole)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        with pytest.raises(KeyboardInterrupt):
+            run(*PUPPETS, "--stage", "1", "--steps", "8", out=halves)
+    run(*PUPPETS, "--stage", "1", "--steps", "8", out=halves, resume=True)
+    for key in ("model", "posenet"):
+        a, b = weights(whole, 1, key), weights(halves, 1, key)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_cameras_of_rigid_objects_can_be_learned_too(tmp_path):
+    run("--cameras", "learned", "--arc", "60", "--size", "32", "--keypoints", "8", "--stage", "1",
+        "--steps", "4", out=tmp_path)
+    checkpoint = sample.load_checkpoint(tmp_path, 1)
+    assert checkpoint["settings"]["parts"] == 1 and checkpoint["poses"].shape[1:] == (1, 4, 4)
+    assert checkpoint["settings"]["focal"] == pytest.approx(4.35)
+
+
+def test_a_new_puppet_is_driven_by_a_clip(tmp_path, capsys):
+    run(*PUPPETS, "--steps", "4", out=tmp_path / "run")
+    capsys.readouterr()
+    for who in (["--n", "1", "--steps", "2"], ["--identity", "1"]):
+        sample.main(["--run", str(tmp_path / "run"), "--drive", "0001", *who])
+        named = capsys.readouterr().out.splitlines()[-1].removeprefix("wrote ").split(", ")
+        assert {"motion.png", "views.png", "motion.gif"} <= {Path(p).name for p in named}
+        assert all(Path(p).stat().st_size > 100 for p in named)
+    for flags, says in ((["--drive", "0007"], "0007"), (["--identity", "5"], "0 to 1")):
+        with pytest.raises(data.BadInput, match=says):
+            sample.main(["--run", str(tmp_path / "run"), *flags])
+
+
+def test_motion_is_scored_as_the_truth_says(tmp_path, monkeypatch):
+    run(*PUPPETS, "--stage", "1", "--steps", "2", out=tmp_path)
+    trained = sample.load_run(tmp_path, stages=(1,))
+    puppets = data.load("puppets", 32, 6, 0, 2, 12)
+
+    def true_cameras(run, dataset, frames):
+        M = torch.eye(4).repeat(len(frames), 1, 1)
+        M[:, :3] = dataset.truth["poses"][frames, 1]                # of the torso
+        return (torch.linalg.inv(M) @ dataset.cam2world[frames])[:, None]
+
+    monkeypatch.setattr(sample, "cameras_of", true_cameras)
+    trained.autodecoder.head[1] = torch.nn.Identity()               # any opaque volume will do
+    opaque = torch.ones(1, 4, 8, 8, 8)
+    monkeypatch.setattr(trained.autodecoder, "forward", lambda k: opaque * 20)
+    scores = sample.score_motion(trained, puppets)
+    assert scores["yaw_correlation"] > 0.99 and scores["yaw_share"] == 1
+    assert scores["yaw_slope"] == pytest.approx(1, abs=0.02)
