@@ -1,7 +1,8 @@
 """The number of an object goes in; its voxel grid of density and colour comes out. Stage 1.
 
 Paper: Sec. 3.1 and App. B.1 (the decoder G = G2 . G1), App. B.3 Eq. 9 to 11 (hash embedding),
-Sec. 3.2 Eq. 1 (pyramidal perceptual loss) and Eq. 2 (foreground loss).
+Sec. 3.2 Eq. 1 (pyramidal perceptual loss) and Eq. 2 (foreground loss); Sec. 3.2 and App. B.1 for
+what moves: 2D keypoints, PnP and the pose of every part.
 
 An AUTOdecoder has no encoder: every training object owns an embedding e, a row of a table that is
 learned together with the network, by nothing but comparing renders with photos.
@@ -11,7 +12,8 @@ learned together with the network, by nothing but comparing renders with photos.
 
 Diffusion (stage 2) learns the distribution of F; G1 and the embeddings are not used to generate.
 
-Shapes: B objects, C channels, N dataset objects, V views, D = H = W side of a volume.
+Shapes: B objects, C channels, N dataset objects, V views, D = H = W side of a volume, P parts,
+K keypoints of a part, n frames.
 Simplified: no LPIPS.
 Read next: normalize.py
 """
@@ -240,6 +242,8 @@ class AutoDecoder(nn.Module):
         # OURS: density in units of "optical thickness 1 per voxel", so that a network output means
         # the same opacity at 32^3 and 128^3; it starts as thin fog (softplus(-3) = 0.05 a voxel).
         density = F.softplus(x[:, :1]) * (self.volume_side / 2)
+        # While a subject grows, the fog around its ellipsoid comes in with its own density.
+        density = density * torch.where(self.prior[:, :1] >= -3, 1.0, self.growth)
         return torch.cat([density, torch.sigmoid(x[:, 1:4]), x[:, 4:]], 1)
 
     def forward(self, k):

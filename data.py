@@ -390,11 +390,13 @@ SKIN = (.96, .78, .66), (.85, .62, .46), (.62, .41, .28), (.50, .33, .24)
 PINK, CYAN = (.95, .42, .66), (.20, .74, .82)    # left and right: no shirt has these
 
 
-def make_head(y, r, skin, hair):
-    """A head at height y: hair on top and behind; nose, mouth and two eyes in front."""
+def make_head(y, r, skin, hair, sides):
+    """A head at height y: hair on top and behind; nose, mouth, two eyes in front; earmuffs."""
     eyes = [ball((s * .4 * r, y + .05 * r, .86 * r), (.18 * r, .24 * r, .15 * r), BLACK)
             for s in (1, -1)]
-    return eyes + [ball((0, y, 0), (r, 1.2 * r, r), skin),
+    muffs = [ball((s * .95 * r, y - .05 * r, 0), (.35 * r, .55 * r, .5 * r), side)
+             for s, side in zip((1, -1), sides)]
+    return eyes + muffs + [ball((0, y, 0), (r, 1.2 * r, r), skin),
                    ball((0, y + .35 * r, -.25 * r), (1.06 * r, 1.05 * r, r), hair),
                    ball((0, y - .25 * r, r), (.2 * r, .2 * r, .2 * r), skin),
                    box((0, y - .62 * r, .8 * r), (.36 * r, .11 * r, .12 * r), (.70, .14, .16))]
@@ -422,9 +424,9 @@ def make_puppet(rng):
              ball((0, hip + .02, 0), (.95 * x, .14, .19), low),
              box((0, chest, .17), (.07, .07, .03), (.14, .12, .20))]
     # A vest that is open in front: what is seen of its two halves tells how far the body turned.
-    torso += [ball((s * .45 * x, middle + .03, -.02), (.62 * x, half + .03, .18), side)
+    torso += [ball((s * .5 * x, middle + .03, .01), (.60 * x, half + .03, .19), side)
               for s, side in zip((1, -1), sides)]
-    head = make_head(chin + 1.15 * r, r, skin, jitter(HAIR[hair]))
+    head = make_head(chin + 1.15 * r, r, skin, jitter(HAIR[hair]), sides)
     parts, joints = [head, torso], [(0, chin, 0), (0, hip, 0)]
     for at, side in zip((x + .03, -x - .03), sides):
         sleeve, hand = thick + .02, shoulder - .93 * arm

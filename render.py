@@ -18,7 +18,9 @@ Conventions, for the whole project; each is held by a test in tests/test_render.
                end exactly at the faces of the cube, whatever N is)
   background   black: light that crosses everything meets nothing
 
-Shapes: B objects, V views, R rays, S samples on a ray, C channels.
+Subjects that move are carried back first: App. B.1, inverse skinning (carry_back).
+
+Shapes: B objects, V views, P parts, R rays, S samples on a ray, C channels.
 Simplified: no empty-space skipping and no importance sampling. All S samples of a ray are spread
 evenly between the two points where it crosses the cube, which at 32^3 to 128^3 is enough.
 Read next: autodecoder.py
