@@ -409,6 +409,7 @@ class PoseNet(nn.Module):
         self.canonical = nn.Parameter(grid.repeat(parts, 1, 1))                 # (P, K, 3)
         self.keypoints = KeypointNet(parts * points, width, temperature)
         self.register_buffer("mean", torch.zeros(parts, points, 2))             # of the 2D points
+        self.register_buffer("batches", torch.tensor(0))                        # in that mean
         self.register_buffer("active", torch.tensor(1))                         # parts in use
         self.register_buffer("flip", torch.tensor([1.0, -1, -1]), persistent=False)
 
@@ -436,7 +437,8 @@ class PoseNet(nn.Module):
         if self.training and not settled:
             mean = u.mean(0)
             with torch.no_grad():
-                self.mean.lerp_(mean, 0.02)
+                self.batches += 1              # a plain mean at first, then a running one
+                self.mean.lerp_(mean, max(0.05, 1 / int(self.batches)))
         seen = (u - mean + default)[:, :P]
         X = (self.canonical[:P] * self.flip).expand(len(u), -1, -1, -1)
         R, t = solve_pnp(X.flatten(0, 1), (seen * self.half).flatten(0, 1), steps=4)

@@ -214,7 +214,8 @@ PUPPETS = ["--data", "puppets", "--n-objects", "2", "--n-views", "12", "--size",
 
 
 def test_learned_poses_lower_the_loss_and_every_number_stays_finite(tmp_path, capsys):
-    run(*PUPPETS, "--stage", "1", "--steps", "60", "--log-every", "10", out=tmp_path)
+    run(*PUPPETS, "--stage", "1", "--steps", "60", "--log-every", "10", "--growth", "0.03,0.15",
+        "--split-at", "0.35", "--perceptual-weight", "1", "--foreground-weight", "1", out=tmp_path)
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
     losses = [float(r["loss"]) for r in rows]
     assert len(losses) == 6 and losses[-1] < 0.8 * losses[0]
