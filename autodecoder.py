@@ -390,8 +390,8 @@ class PoseNet(nn.Module):
     focal           as a fraction of the picture's side (5.7: the paper's 0.175 rad)
     body            half axes of the ellipsoid that the subject starts as
 
-    OURS: what soft-argmax returns is not used as it is. At first it says nothing, PnP makes nonsense
-    of nothing, and nothing is learned. Its deviation from its own mean is added to where the 3D
+    OURS: what soft-argmax returns is not used as it is. At first it says nothing, PnP makes
+    nonsense of nothing, and nothing is learned. Its deviation from its own mean is added to where the 3D
     points would be seen at the default pose (upright, in front): all frames start from there, and
     the gauge, which no loss fixes, is fixed: the average pose is the default pose.
     """
@@ -424,7 +424,8 @@ class PoseNet(nn.Module):
         return x[..., :2] / (x[..., 2:] * self.half)
 
     def forward(self, frames, settled=False):
-        """frames (n, 3, 64, 64) -> cam2world (n, P, 4, 4) of the active parts, and losses (a dict).
+        """frames (n, 3, 64, 64) -> cam2world (n, P, 4, 4) of the active parts; the raw 2D points
+        (n, all parts, K, 2); losses (a dict of scalars).
 
         settled: subtract the running mean, as in evaluation, not the mean of these frames
         """

@@ -542,7 +542,8 @@ def score_motion(run, dataset, n_samples=32):
         # Where the camera is as the subject sees it: to the left of one who has turned right.
         weight = share.mean((2, 3))[..., None].to(cameras)                    # (V, P, 1)
         back = (weight * cameras[..., :3, 2]).sum(1)
-        clips.append((frames, cameras[..., :3, :3].cpu(), -torch.atan2(back[:, 0], back[:, 2]).cpu()))
+        learned = -torch.atan2(back[:, 0], back[:, 2]).cpu()
+        clips.append((frames, cameras[..., :3, :3].cpu(), learned))
     limbs, torso = table[:, 2:].argmax(0).tolist(), int(table[:, 1].argmax())
     yaw, slope, angles = [], [], [[] for _ in limbs]
     for frames, R, learned in clips:

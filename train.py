@@ -388,7 +388,7 @@ def draw_frames(dataset, k, views, generator):
 def score_heldout(at, dataset, n_samples=96, chunk=8):
     """Mean PSNR over all held-out views, dB: 10 log10(1 / mean squared error) of each view.
 
-    at: model, posenet, device. None where no view is held out.
+    at: a namespace with autodecoder, posenet, device. None where no view is held out.
     """
     if not dataset.heldout.any():
         return None

@@ -425,10 +425,11 @@ def test_an_average_frame_is_seen_from_the_default_camera():
 def test_points_that_shift_in_the_picture_shift_the_object():
     net = posenet().eval()
     frames = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    net.mean.copy_(net.points2d(frames)[0] - torch.tensor([0.1, 0.0]))         # all 0.1 to the right
+    net.mean.copy_(net.points2d(frames)[0] - torch.tensor([0.1, 0.0]))   # all 0.1 to the right
     with torch.no_grad():
         camera = net(frames)[0][:, 0]                                          # (1, 4, 4)
-    where, depth = render.project(torch.zeros(1, 1, 3), camera, torch.tensor([[5.7, 5.7, 0.5, 0.5]]))
+    lens = torch.tensor([[5.7, 5.7, 0.5, 0.5]])
+    where, depth = render.project(torch.zeros(1, 1, 3), camera, lens)
     torch.testing.assert_close(where[0, 0], torch.tensor([0.55, 0.5]), rtol=0, atol=1e-4)
     torch.testing.assert_close(depth[0, 0], torch.tensor(net.distance), rtol=0, atol=1e-2)
 
