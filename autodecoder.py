@@ -136,6 +136,19 @@ class SelfAttention(nn.Module):
         return x + self.proj(out).transpose(1, 2).reshape(x.shape)
 
 
+def faded(level, x, share):
+    """level(x) of a level that has come in by its share in [0, 1]; at 0 it only enlarges x.
+
+    OURS, for what moves: a coarse volume blurs what it shows, so even far too small a turn finds
+    the way downhill. Yaw after 1,000 steps, 16 puppets, seed 0: painted at 8^3 correlation 0.98,
+    slope 0.75; enlarged by repetition, not smoothly, 0.93 and 0.63. See also train.py.
+    """
+    if share == 1:
+        return level(x)
+    coarse = F.interpolate(level[0].skip(x), scale_factor=2, mode="trilinear")
+    return coarse if share == 0 else torch.lerp(coarse, level(x), share)
+
+
 def spread_points(n, half_axes, rounds=20):
     """n points (n, 3) spread evenly in an ellipsoid: the middles of n clusters (Lloyd, k-means)."""
     cloud = torch.randn(4096, 3, generator=torch.Generator().manual_seed(0))
@@ -211,6 +224,7 @@ class AutoDecoder(nn.Module):
                                   Pointwise(widths[-1], 4 + (parts if parts > 1 else 0)))
         self.register_buffer("prior", volume_prior(volume_side, parts, half_axes, skin_layout))
         self.register_buffer("growth", torch.tensor(1.0))  # share of the learned density in use
+        self.register_buffer("detail", torch.ones(len(self.levels), device="cpu"))  # of each level
         # Voxels are stored channels-last: convolutions are 1.2 x faster on CPUs.
         self.to(memory_format=torch.channels_last_3d)
 
@@ -235,8 +249,8 @@ class AutoDecoder(nn.Module):
             raise ValueError(f"latent must be (B, {', '.join(map(str, expected))}), "
                              f"got {tuple(latent.shape)}")
         x = latent.contiguous(memory_format=torch.channels_last_3d)
-        for level in self.levels[self.sides.index(self.latent_side):]:
-            x = level(x)
+        for i in range(self.sides.index(self.latent_side), len(self.levels)):
+            x = faded(self.levels[i], x, self.detail[i])
         x = self.head(x)
         x = torch.cat([x[:, :1] * self.growth, x[:, 1:]], 1) + self.prior
         # OURS: density in units of "optical thickness 1 per voxel", so that a network output means
@@ -391,9 +405,9 @@ class PoseNet(nn.Module):
     body            half axes of the ellipsoid that the subject starts as
 
     OURS: what soft-argmax returns is not used as it is. At first it says nothing, PnP makes
-    nonsense of nothing, and nothing is learned. Its deviation from its own mean is added to where the 3D
-    points would be seen at the default pose (upright, in front): all frames start from there, and
-    the gauge, which no loss fixes, is fixed: the average pose is the default pose.
+    nonsense of nothing, and nothing is learned. Its deviation from its own mean is added to where
+    the 3D points would be seen at the default pose (upright, in front): all frames start from
+    there, and the gauge, which no loss fixes, is fixed: the average pose is the default pose.
     """
 
     def __init__(self, parts, points, focal, body, width=32, temperature=0.5):

@@ -402,14 +402,15 @@ def make_head(y, r, skin, hair, sides):
                    box((0, y - .62 * r, .8 * r), (.36 * r, .11 * r, .12 * r), (.70, .14, .16))]
 
 
-def make_puppet(rng):
+def make_puppet(rng, shared_colours=True):
     """Six lists of Primitive in the order of PARTS, at rest; joints (6, 3); caption.
 
     At rest it stands on y = -0.85, looks along +z and lets its arms hang; its left is at +x.
-    OURS: colours differ, their roles do not (eyes in front, pink left, cyan right): with unrelated
-    colours the body's yaw could not be learned from pictures.
+    OURS: colours differ, their roles do not (eyes in front, pink left, cyan right), as with real
+    people. Without shared_colours those of skin, hair, left and right are anything.
     """
     def jitter(rgb):
+        rgb = rgb if shared_colours else rng.uniform(.05, .95, 3)
         return tuple(np.clip(np.add(rgb, rng.uniform(-.05, .05, 3)), .05, .97))
     hair = str(rng.choice(list(HAIR)))
     (shirt, top), (trousers, low) = pick_colours(rng, 2)
@@ -488,7 +489,7 @@ def fixed_camera(n, distance=12.0, view=0.175):
             torch.tensor([[f, f, 0.5, 0.5]]).float().repeat(n, 1))
 
 
-def puppet_object(seed, k, n_views, size, skipped):
+def puppet_object(shared_colours, seed, k, n_views, size, skipped):
     """Puppet k, whatever their number, as `load` collects it: a clip from one fixed camera.
 
     Its truth, for scoring only: yaw (V,) and angles (V, 4), radians (arms raised sideways, legs
@@ -496,7 +497,7 @@ def puppet_object(seed, k, n_views, size, skipped):
     the frame; parts (V, S, S) uint8, 1 + the part at the pixel's centre, 0 for none.
     """
     rng = np.random.default_rng([seed, 1000 + k])
-    parts, joints, caption = make_puppet(rng)
+    parts, joints, caption = make_puppet(rng, shared_colours)
     yaw, angles, moves = move_puppet(joints, n_views, rng)
     pose, camera = fixed_camera(n_views)
     of = torch.tensor([i for i, part in enumerate(parts) for _ in part])
@@ -1086,13 +1087,36 @@ def find_objects(folder, root, depth=3):
             for found in find_objects(sub, root, depth - 1)]
 
 
+def read_captions(folder, names):
+    """A user's captions, {name of the object: caption}: from captions.json, of just this form; from
+    captions.txt, a line "NAME: CAPTION" each; from a caption.txt in an object's own folder."""
+    found = {name: path.read_text(errors="replace").strip() for name in names
+             if (path := folder / name / "caption.txt").is_file()}
+    for path in (folder / "captions.txt", folder / "captions.json"):
+        if not path.is_file():
+            continue
+        text = path.read_text(errors="replace")
+        try:
+            lines = [line.split(":", 1) for line in text.splitlines() if line.strip()]
+            pairs = json.loads(text) if path.suffix == ".json" else dict(lines)
+            pairs = {name.strip(): caption.strip() for name, caption in pairs.items()}
+        except (ValueError, AttributeError):
+            form = '{"NAME": "CAPTION"}' if path.suffix == ".json" else "lines NAME: CAPTION"
+            raise BadInput(f"{path}: expected {form}") from None
+        if unknown := set(pairs) - set(names):
+            raise BadInput(f"{path}: no object is called {min(unknown)}; there are: "
+                           f"{', '.join(names[:9])}{' ...' * (len(names) > 9)}")
+        found |= pairs
+    return found
+
+
 MOVING = PUPPETS, CLIPS = ("puppets: articulated people before one camera, a clip each",
                            "clips: one object each, its camera unknown")
 
 
-def find(source, seed, n_objects, n_views, arc, clip_filter):
+def find(source, seed, n_objects, n_views, arc, shared_colours, clip_filter):
     """What `load` is to build: (name, layout, function (size, skipped) -> see photo_object)."""
-    made = dict(puppets=(PUPPETS, puppet_object), synthetic=(
+    made = dict(puppets=(PUPPETS, partial(puppet_object, shared_colours)), synthetic=(
         "synthetic: chairs, tables and vehicles of boxes and cylinders",
         partial(synthetic_object, arc)))
     if str(source) in made:
@@ -1112,28 +1136,29 @@ def find(source, seed, n_objects, n_views, arc, clip_filter):
 def is_moving(source):
     """Whether `load` would find puppets or clips; False, too, where it would find nothing."""
     try:
-        return any(layout in MOVING for _, layout, _ in find(source, 0, 1, 1, 0.0, False))
+        return any(layout in MOVING for _, layout, _ in find(source, 0, 1, 1, 0.0, True, False))
     except BadInput:
         return False
 
 
 def load(source, size, holdout=6, seed=0, n_objects=128, n_views=24, objects=None, arc=0.0,
-         clip_filter=False):
+         shared_colours=True, clip_filter=False):
     """The Dataset of "synthetic", "puppets" or a folder of photos or clips; square images.
 
     holdout: every n-th view of an object is held out, or the last 1/n of a clip, where neighbours
              in time are all but equal; 0: none, nor where there are fewer views
     seed, n_objects, n_views: of what is made up           objects: "obj2,obj5" keeps these only
-    arc: degrees, see synthetic_cameras                    clip_filter: see clip_object
+    arc: degrees, see synthetic_cameras                    shared_colours: see make_puppet
+    clip_filter: see clip_object
     Raises BadInput where the folder is not what it should be.
     """
-    found = find(source, seed, n_objects, n_views, arc, clip_filter)
+    found = find(source, seed, n_objects, n_views, arc, shared_colours, clip_filter)
     moving = any(layout in MOVING for _, layout, _ in found)
+    present = [name for name, *_ in found]
     if wanted := {name.strip() for name in (objects or "").split(",")} - {""}:
-        names = [name for name, *_ in found]
-        if unknown := wanted - set(names):
+        if unknown := wanted - set(present):
             raise BadInput(f"{source}: no object {', '.join(sorted(unknown))}; there are: "
-                           f"{', '.join(names[:40])}{' ...' * (len(names) > 40)}")
+                           f"{', '.join(present[:40])}{' ...' * (len(present) > 40)}")
         found = [one for one in found if one[0] in wanted]
     skipped = Counter()
     built = [(name, *one) for name, _, build in found if (one := build(size, skipped))]
@@ -1143,6 +1168,9 @@ def load(source, size, holdout=6, seed=0, n_objects=128, n_views=24, objects=Non
                        "provide an alpha channel, or a folder masks/ beside images/ with white "
                        "objects on black, of the same names")
     names, rgba, poses, intrinsics, captions, known = map(list, zip(*built))
+    if Path(source).is_dir():
+        own = read_captions(Path(source), present)
+        captions = [own.get(name) for name in names]
     n_frames = torch.tensor([len(pictures) for pictures in rgba])
     number = torch.cat([torch.arange(1, n + 1) for n in n_frames])   # of a view in its object
     n, every = n_frames.repeat_interleave(n_frames), holdout or len(number) + 1

@@ -12,10 +12,13 @@ Simplified: no dropout schedule, no mixed precision, no augmentation.
 Read next: sample.py
 """
 import math
+import re
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from data import BadInput
 
 # ---- Building blocks of the U-Net, in 3D --------------------------------------------------------
 
@@ -164,6 +167,81 @@ class UNet3D(nn.Module):
         return self.last(x)
 
 
+# ---- Text (Sec. 3.3, App. B.2): two encoders, one interface -------------------------------------
+
+TOKENS = 32                      # PAPER: a prompt is 32 tokens, the rest of them padding
+
+
+def words(prompt):
+    """The words of a prompt, in small letters."""
+    return re.findall(r"[a-z0-9]+", prompt.lower())
+
+
+class WordEncoder(nn.Module):
+    """A small text encoder that needs no download, learned together with the denoiser.
+
+    OURS: a transformer over the vocabulary of the captions: enough to tell "a red chair with blue
+    legs" from "a blue chair with red legs". The first token is always there, so a prompt without
+    words has something to attend to: it is the null prompt.
+    """
+
+    def __init__(self, vocabulary, width, layers=2):
+        super().__init__()
+        self.width, self.number = width, {word: i + 1 for i, word in enumerate(vocabulary)}
+        self.embed = nn.Embedding(len(vocabulary) + 1, width)         # row 0: the first token
+        self.place = nn.Parameter(0.1 * torch.randn(TOKENS, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True,
+                                           norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+    def unknown(self, prompt):
+        """Its words that no caption had: they are left out."""
+        return [word for word in words(prompt) if word not in self.number]
+
+    def forward(self, prompts):
+        """B prompts -> tokens (B, 32, width), 0 where padded; mask (B, 32), True for real ones."""
+        rows = [[0] + [self.number[w] for w in words(p) if w in self.number] for p in prompts]
+        device = self.place.device
+        mask = torch.tensor([[i < len(row) for i in range(TOKENS)] for row in rows], device=device)
+        rows = torch.tensor([(row + [0] * TOKENS)[:TOKENS] for row in rows], device=device)
+        x = self.layers(self.embed(rows) + self.place, src_key_padding_mask=~mask)
+        return x * mask[..., None], mask
+
+
+class T5Encoder:
+    """PAPER: frozen T5 (T5-11B: width 1024), from a local folder in transformers' layout.
+
+    Same interface as WordEncoder; needs the package transformers, which is imported only here.
+    """
+
+    def __init__(self, folder, device="cpu"):
+        try:
+            from transformers import AutoTokenizer, T5EncoderModel
+        except ImportError:
+            raise BadInput("T5 needs transformers: pip install transformers sentencepiece; without "
+                           "it leave --t5 out: a small encoder is learned instead") from None
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.model = T5EncoderModel.from_pretrained(folder, local_files_only=True)
+        except Exception as error:           # anything, from a missing file to a damaged one
+            raise BadInput(f"--t5 {folder}: not a T5 in transformers' layout, e.g. a clone of "
+                           f"google-t5/t5-11b ({type(error).__name__})") from None
+        self.model.to(device).eval().requires_grad_(False)
+        self.device, self.width = device, self.model.config.d_model
+
+    def unknown(self, prompt):
+        return []                            # it spells what it does not know
+
+    @torch.no_grad()
+    def __call__(self, prompts):
+        """B prompts -> tokens (B, 32, width), 0 where padded; mask (B, 32), True for real ones."""
+        # An empty prompt is one token, the end: something to attend to.
+        ids = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=TOKENS,
+                             return_tensors="pt").to(self.device)
+        mask = ids["attention_mask"].bool()
+        return self.model(**ids).last_hidden_state * mask[..., None], mask
+
+
 # ---- Preconditioning and loss (EDM, Table 1) ----------------------------------------------------
 
 
@@ -187,11 +265,14 @@ class Denoiser(nn.Module):
     context_dim            width of the text tokens; 0: no text, no cross-attention
     transformer_depth      attention layers after each block (1; 2 for Objaverse)
     sigma_data             standard deviation of normalized latents (0.5)
+    vocabulary             words of a WordEncoder of its own; empty: none
     """
 
     def __init__(self, latent_channels, side, channels=128, multipliers=(3, 4), depth=2,
-                 attention=(8, 4), context_dim=0, transformer_depth=1, sigma_data=0.5, dropout=0.0):
+                 attention=(8, 4), context_dim=0, transformer_depth=1, sigma_data=0.5, dropout=0.0,
+                 vocabulary=()):
         super().__init__()
+        self.text = WordEncoder(vocabulary, context_dim) if context_dim and vocabulary else None
         self.sigma_data, self.context_dim = sigma_data, context_dim
         self.unet = UNet3D(latent_channels, side, channels, multipliers, depth, attention,
                            context_dim, transformer_depth, dropout)
@@ -227,6 +308,27 @@ def edm_loss(denoise, x, generator=None, P_mean=-1.2, P_std=1.2, sigma_data=0.5)
 
 
 # ---- Sampling (EDM, Algorithm 2) ----------------------------------------------------------------
+
+
+def guided(denoiser, context, null, weight):
+    """Classifier-free guidance: D(x) = D(x | null) + weight (D(x | text) - D(x | null)).
+
+    context, null  (tokens, mask), each for one prompt of B = 1 or for every sample
+    returns a callable (x, sigma) -> as x, for edm_sampler. Weight 1 is the conditional model, 0 the
+    unconditional one, each at one call of the network; else both go through it side by side.
+    """
+    def one(x, sigma, given):
+        return denoiser(x, sigma, *(y.expand(len(x), *y.shape[1:]) for y in given))
+
+    def both(x, sigma):
+        pair = [torch.cat([a.expand(len(x), *a.shape[1:]), b.expand(len(x), *b.shape[1:])])
+                for a, b in zip(context, null)]
+        given, free = denoiser(torch.cat([x, x]), sigma, *pair).chunk(2)
+        return free + weight * (given - free)
+
+    if weight in (0, 1):
+        return lambda x, sigma: one(x, sigma, context if weight == 1 else null)
+    return both
 
 
 def sigma_steps(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):

@@ -224,7 +224,9 @@ def carry_back(skin, o, d, t):
     # and where all other logits are negative even the largest.
     logits = sample_volume(skin.flatten(0, 1)[:, None], x.flatten(0, 1).flatten(1, 2), "border")
     w = logits.reshape(x.shape[:-1]).softmax(1)                             # (B, P, R, S)
-    return (w[..., None] * x).sum(1), w
+    # sum_p w_p x_p = sum_p w_p o_p + t sum_p w_p d_p: two small products a ray, and no large x.
+    o, d = (w.permute(0, 2, 3, 1) @ torch.cat([o, d], -1).transpose(1, 2)).chunk(2, -1)
+    return o + t[..., None] * d, w                                          # (B, R, S, 3)
 
 
 def blend_turned(vectors, share, rotation):

@@ -15,7 +15,12 @@ Read next: train.py
 """
 import contextlib
 import hashlib
+import json
 import math
+import os
+import resource
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +33,7 @@ import data
 import render
 from autodecoder import AutoDecoder, PoseNet, RandomFeatures
 from data import BadInput
-from diffusion import Denoiser, edm_sampler
+from diffusion import TOKENS, Denoiser, T5Encoder, edm_sampler, guided, words
 from normalize import RobustNormalizer
 
 matplotlib.use("Agg")                        # draw into files: no screen is needed
@@ -37,7 +42,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 # ---- Checkpoints --------------------------------------------------------------------------------
 
 SAMPLING_NEEDS = {1: ("settings", "model", "names", "source", "view", "fingerprint"),
-                  2: ("settings", "ema", "m", "s", "decoder")}
+                  2: ("settings", "ema", "m", "s", "decoder", "vocabulary")}
 RESUMING_NEEDS = {1: ("step", "seconds", "optimizer", "random", "order"),
                   2: ("step", "seconds", "optimizer", "random", "model")}
 
@@ -85,13 +90,14 @@ def build_posenet(s):
         if s["parts"] else None
 
 
-def build_denoiser(s):
-    """The diffusion network that settings s (a dict) describe."""
+def build_denoiser(s, vocabulary=()):
+    """The diffusion network that settings s (a dict) describe; vocabulary: of its own encoder."""
     doublings = int(math.log2(s["latent_side"] // s["start_side"]))
     return Denoiser(
         s["channels"] >> doublings, s["latent_side"], s["unet_channels"],
         tuple(s["unet_multipliers"]), s["unet_depth"], tuple(s["unet_attention"]),
-        s["context_dim"], s["transformer_depth"], s["sigma_data"], s["dropout"])
+        s["context_dim"] * s["text"], s["transformer_depth"], s["sigma_data"], s["dropout"],
+        vocabulary)
 
 
 def build_normalizer(s):
@@ -126,7 +132,7 @@ def load_run(run, device="cpu", stages=(1, 2)):
 
     returns a namespace: settings (dict), autodecoder, view (dict: distance, elevation), names,
     source (of the data), posenet (None where cameras are known), poses (T, P, 4, 4) of a training
-    clip and, with stage 2, denoiser (the EMA weights) and normalizer
+    clip and, with stage 2, denoiser (the EMA weights), normalizer and encode (of text, or None)
     """
     first = load_checkpoint(run, 1)
     s = first["settings"]
@@ -145,11 +151,36 @@ def load_run(run, device="cpu", stages=(1, 2)):
             raise BadInput(f"{run}/stage2.pt was trained on another stage 1 than the one there "
                            f"now: run `python train.py --stage 2 --out {run}` again")
         s = out.settings = second["settings"]
-        out.denoiser = restore(lambda: build_denoiser(s), second["ema"], f"{run}/stage2.pt")
-        out.denoiser.to(device).eval().requires_grad_(False)
+        out.denoiser = restore(lambda: build_denoiser(s, second["vocabulary"]), second["ema"],
+                               f"{run}/stage2.pt").to(device).eval().requires_grad_(False)
+        out.encode = T5Encoder(s["t5"], device) if s["text"] and s["t5"] else out.denoiser.text
         out.normalizer = build_normalizer(s)
         out.normalizer.m, out.normalizer.s = (second[k].to(device) for k in ("m", "s"))
     return out
+
+
+def load_dataset(s, source):
+    """The data that settings s (a dict) and the word of --data describe."""
+    return data.load(source, s["size"], s["holdout"], s["seed"], s["n_objects"], s["n_views"],
+                     s["objects"], s["arc"], s["shared_colours"], s["clip_filter"])
+
+
+def add_metrics(run, settings, **values):
+    """Adds flat numbers to RUN/metrics.json, beside all settings (a dict)."""
+    path = Path(run) / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        metrics = {}                                     # damaged: it is written anew
+    metrics |= values
+    metrics["seconds_total"] = round(sum(metrics.get(f"seconds_{part}", 0.0) for part in (
+        "data", "stage1", "stage2", "sampling")), 1)
+    metrics["peak_memory_gib"] = round(
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)     # Linux counts in KiB
+    metrics["settings"] = settings
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+    os.replace(temporary, path)
 
 
 # ---- Generating ---------------------------------------------------------------------------------
@@ -163,13 +194,34 @@ def training_latents(run, chunk=64):
                       for part in k.split(chunk)])
 
 
-def sample_latents(run, noise, steps=64, churn=0.0, seed=0, watch=None, chunk=64):
-    """Noise (n, C, D, H, W), unit normal -> latents F of new objects, ready for decode_volume."""
-    generator = stream(seed, "churn")
-    parts = [edm_sampler(run.denoiser, part.to(run.device), steps, S_churn=churn, S_min=0.05,
-                         S_max=50.0, S_noise=1.003, generator=generator, watch=watch)
-             for part in noise.split(chunk)]
+def sample_latents(run, noise, steps=64, churn=0.0, seed=0, watch=None, chunk=64, prompts=None,
+                   guidance=3.0):
+    """Noise (n, C, D, H, W), unit normal -> latents F of new objects, ready for decode_volume.
+
+    prompts: n texts, followed as strongly as guidance says; None: unconditional
+    """
+    generator, parts = stream(seed, "churn"), []
+    for i in range(0, len(noise), chunk):
+        denoise = run.denoiser
+        if run.encode:
+            null = run.encode([""])
+            given = run.encode(prompts[i:i + chunk]) if prompts else null
+            denoise = guided(run.denoiser, given, null, guidance if prompts else 1)
+        parts.append(edm_sampler(denoise, noise[i:i + chunk].to(run.device), steps, S_churn=churn,
+                                 S_min=0.05, S_max=50.0, S_noise=1.003, generator=generator,
+                                 watch=watch))
     return run.normalizer.denormalize(torch.cat(parts).float())
+
+
+def check_prompt(run, prompt):
+    """Refuses a prompt where the run knows no text; warns of words that will not be heard."""
+    if run.encode is None:
+        raise BadInput("--prompt: this run knows no text; train its stage 2 with --text")
+    if unknown := run.encode.unknown(prompt):
+        print(f"warning: no caption had {', '.join(dict.fromkeys(unknown[:9]))}"
+              f"{' ...' * (len(unknown) > 9)}: left out", file=sys.stderr)
+    if len(words(prompt)) >= TOKENS:
+        print(f"warning: only the first {TOKENS - 1} words of a prompt are read", file=sys.stderr)
 
 
 def stream(seed, name):
@@ -264,20 +316,22 @@ def decode(run, latents, chunk=16):
         return torch.cat([run.autodecoder.decode_volume(part) for part in latents.split(chunk)])
 
 
-def nearest_training(run, volumes, training_volumes):
-    """Index of the training object that looks most like each volume, by renders -> (n,) int64.
-
-    Root-mean-square difference of colours at 32 x 32 from four sides: what the eye compares.
-    """
+def looks(run, volumes):
+    """What the eye compares: colours at 32 x 32 from four sides -> (n, d), scaled so that distances
+    are root-mean-square differences of colours."""
     azimuths = ([0.4 + i * math.pi / 2 for i in range(4)] if run.posenet is None else
                 [-0.35, 0.0, 0.35])
-    ours, theirs = (render_views(run, v, azimuths, 32, n_samples=48)["rgb"].flatten(1)
-                    for v in (volumes, training_volumes))
-    distance = torch.cdist(ours, theirs) / math.sqrt(ours.shape[1])
+    x = render_views(run, volumes, azimuths, 32, n_samples=48)["rgb"].flatten(1)
+    return x / math.sqrt(x.shape[1])
+
+
+def nearest_training(run, volumes, training_volumes):
+    """The training object that looks most like each volume: index (n,) int64, distance (n,)."""
+    distance = torch.cdist(looks(run, volumes), looks(run, training_volumes))
     return distance.argmin(1), distance.amin(1)
 
 
-# ---- Frechet distance ---------------------------------------------------------------------------
+# ---- Scores: pictures ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -292,15 +346,19 @@ def image_features(images, chunk=256):
                       for part in images.split(chunk)])
 
 
+def check_features(a, b):
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"features must be (n, d) and (m, d) with n, m >= 2, got "
+                         f"{tuple(a.shape)} and {tuple(b.shape)}")
+
+
 def frechet_distance(a, b):
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of features a (n, d), b (m, d), n, m >= 2.
 
     A, B are covariances. The trace of (A B)^(1/2) is the sum of the square roots of the eigenvalues
     of A^(1/2) B A^(1/2), which is symmetric: no complex numbers, no general matrix root.
     """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"features must be (n, d) and (m, d) with n, m >= 2, got "
-                         f"{tuple(a.shape)} and {tuple(b.shape)}")
+    check_features(a, b)
     a, b = a.double(), b.double()
     A, B = (torch.atleast_2d(torch.cov(x.T)) for x in (a, b))
     values, vectors = torch.linalg.eigh(A)
@@ -309,24 +367,198 @@ def frechet_distance(a, b):
     return float((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross)
 
 
-@torch.no_grad()
-def frechet_to_training_views(run, volumes, dataset, views=4, seed=0):
-    """Frechet distance of renders of volumes (n, 4, D, H, W) to the dataset's training pictures.
+def kernel_distance(a, b):
+    """Squared maximum mean discrepancy of features a (n, d), b (m, d), n, m >= 2; kernel
+    (x.y / d + 1)^3. Unbiased: its mean is 0 for equal distributions, so it may be below 0.
 
-    Each volume is seen from `views` cameras drawn from the training frames, at the data's size.
+    Binkowski et al. 2018, "Demystifying MMD GANs"; on all samples, where they average subsets.
     """
-    generator = torch.Generator().manual_seed(seed)
-    train = torch.nonzero(~dataset.heldout)[:, 0]
-    size = dataset.images.shape[1]
-    pictures = []
+    check_features(a, b)
+    a, b = a.double(), b.double()
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x):                           # the mean over pairs of different samples
+        k = kernel(x, x)
+        return (k.sum() - k.trace()) / (len(x) * (len(x) - 1))
+
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+
+
+def ssim(a, b):
+    """Structural similarity of pictures (n, 3, H, W) in [0, 1] -> (n,), 1 where they are equal.
+
+    Wang et al. 2004: a Gaussian window of deviation 1.5, 11 wide, without padding; mean over
+    pixels and channels.
+    """
+    at = torch.arange(-5.0, 6.0, device=a.device)
+    g = (-(at / 1.5) ** 2 / 2).exp()
+    window = (g[:, None] * g / g.sum() ** 2).expand(a.shape[1], 1, 11, 11)
+
+    def mean(x):
+        return F.conv2d(x, window, groups=x.shape[1])
+
+    ma, mb = mean(a), mean(b)
+    va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+    value = ((2 * ma * mb + 1e-4) * (2 * cov + 9e-4)
+             / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4)))
+    return value.mean((1, 2, 3))
+
+
+@torch.no_grad()
+def score_heldout(run, dataset, n_samples=96, chunk=8):
+    """Means over all held-out views -> dict psnr_heldout, dB, and ssim_heldout; {} without any.
+
+    run: a namespace with autodecoder, posenet, device; PSNR is -10 log10(mean squared error)
+    """
+    size, psnr, similar = dataset.images.shape[1], [], []
+    if not dataset.heldout.any():
+        return {}
+    with evaluating(run):
+        for frame in torch.nonzero(dataset.heldout)[:, 0].split(chunk):
+            volumes = run.autodecoder(dataset.object_index[frame].to(run.device))
+            out = render.render(volumes, cameras_of(run, dataset, frame)[:, None],
+                                dataset.intrinsics[frame, None].to(run.device), size, n_samples,
+                                extras=False)
+            ours, true = out["rgb"][:, 0].cpu(), dataset.batch(frame, size)[0]
+            error = (ours - true).square().flatten(1).mean(1).clamp(min=1e-10)
+            psnr.append(-10 * error.log10())
+            similar.append(ssim(ours, true))
+    return {"psnr_heldout": round(float(torch.cat(psnr).mean()), 3),
+            "ssim_heldout": round(float(torch.cat(similar).mean()), 4)}
+
+
+@torch.no_grad()
+def rendered_features(run, volumes, dataset, views, seed=0):
+    """Features of volumes (n, 4, D, H, W), each seen from `views` cameras drawn from the training
+    frames, at the data's size -> (n views, 240)."""
+    generator, size = torch.Generator().manual_seed(seed), dataset.images.shape[1]
+    train, found = torch.nonzero(~dataset.heldout)[:, 0], []
     for volume in volumes.split(8):
         frames = train[torch.randint(len(train), (len(volume), views), generator=generator)]
         cameras = cameras_of(run, dataset, frames.flatten()).unflatten(0, frames.shape)
         out = render.render(volume, cameras, dataset.intrinsics[frames].to(run.device), size, 48,
                             extras=False)
-        pictures.append(out["rgb"].flatten(0, 1).cpu())
-    true = image_features(dataset.batch(train, size)[0])
-    return frechet_distance(image_features(torch.cat(pictures)), true)
+        found.append(image_features(out["rgb"].flatten(0, 1).cpu()))
+    return torch.cat(found)
+
+
+# ---- Scores: shapes (App. D, Eq. 3 to 5) ---------------------------------------------------------
+
+
+def chamfer_distances(a, b):
+    """Chamfer distances of all pairs of clouds a (n, K, 3), b (m, K, 3) -> (n, m).
+
+    Eq. 3: mean over x of min over y of |x - y|^2, plus the same the other way round
+    """
+    out = torch.empty(len(a), len(b))
+    for i, x in enumerate(a):
+        for j in range(0, len(b), 8):                    # 8 x 2048 x 2048 distances: 128 MiB
+            y = b[j:j + 8]
+            square = ((x * x).sum(-1)[:, None] + (y * y).sum(-1)[:, None]
+                      - 2 * x @ y.mT).clamp(min=0)                            # (8, K, K)
+            out[i, j:j + 8] = square.amin(1).mean(1) + square.amin(2).mean(1)
+    return out
+
+
+def shape_metrics(generated, reference):
+    """COV, MMD and 1-NNA of clouds (n, 2048, 3) against (m, 2048, 3) -> dict cov, mmd, nna.
+
+    cov  share of reference shapes that are the nearest one of some generated shape (Eq. 4)
+    mmd  mean over reference shapes of the distance to the nearest generated one (Eq. 5)
+    nna  share of all shapes whose nearest neighbour is of their own kind: 0.5 is ideal, 1 means
+         that the two sets can be told apart (Lopez-Paz & Oquab 2017)
+    """
+    for name, clouds in (("generated", generated), ("reference", reference)):
+        if clouds.ndim != 3 or clouds.shape[2] != 3 or len(clouds) < 2:
+            raise ValueError(f"{name} must be (n, K, 3) with n >= 2, got {tuple(clouds.shape)}")
+    across = chamfer_distances(generated, reference)                          # (n, m)
+    same = [chamfer_distances(x, x).fill_diagonal_(torch.inf) for x in (generated, reference)]
+    right = ((same[0].amin(1) < across.amin(1)).sum() + (same[1].amin(1) < across.amin(0)).sum())
+    return {"cov": len(across.argmin(1).unique()) / len(reference),
+            "mmd": float(across.amin(0).mean()),
+            "nna": int(right) / (len(generated) + len(reference))}
+
+
+@torch.no_grad()
+def surface_points(volume, n, seed=0, samples=192):
+    """n points (n, 3), uniform on the surface of a volume (4, D, H, W), where a voxel stops half of
+    the light; None for an empty volume.
+
+    Lines through two random points of a sphere enter a surface in proportion to its area (Crofton):
+    each place where one does is a point.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    level, found = math.log(2) * volume.shape[-1] / 2, torch.zeros(0, 3)
+    for _ in range(50):
+        ends = F.normalize(torch.randn(2, 2 * n, 3, generator=generator), dim=-1) * 3**0.5
+        t = torch.linspace(0, 1, samples)[:, None]
+        line = ends[0, :, None] + t * (ends[1] - ends[0])[:, None]            # (2n, samples, 3)
+        density = render.sample_volume(volume[None, :1].cpu(), line.reshape(1, -1, 3))
+        density = density.reshape(line.shape[:2])
+        i, j = ((density[:, :-1] < level) & (density[:, 1:] >= level)).nonzero().T
+        low, high = density[i, j], density[i, j + 1]
+        share = ((level - low) / (high - low))[:, None]
+        found = torch.cat([found, torch.lerp(line[i, j], line[i, j + 1], share)])
+        if len(found) >= n:
+            return found[torch.randperm(len(found), generator=generator)[:n]]
+    return None
+
+
+# ---- Scores: all of them ------------------------------------------------------------------------
+
+
+def evaluate(run, dataset, n, views, steps, churn, seed, shapes=True):
+    """What is generated against the training data, and baselines against the same -> dict.
+
+    fd, kd         Frechet and kernel distance of n samples x `views` renders to all training views
+    cov, mmd, nna  see shape_metrics, with shapes: against the true shapes, or where nobody knows
+                   them, against the decoded training objects
+    memorization   median distance (see looks) to the nearest training object
+    The same with _direct (embeddings drawn from a fitted Gaussian), _direct_normal (from N(0, I))
+    and _train (training objects themselves: the floor; their nearest other, for memorization).
+    """
+    trained = decode(run, training_latents(run))
+    variants = {"": sample_latents(run, latent_noise(run, n, seed + 1), steps, churn, seed),
+                "_direct": direct_latents(run, n, seed, "fitted"),
+                "_direct_normal": direct_latents(run, n, seed, "normal"), "_train": None}
+    true = image_features(dataset.batch(torch.nonzero(~dataset.heldout)[:, 0],
+                                        dataset.images.shape[1])[0])
+    reference = clouds(dataset, trained) if shapes else None
+    known, scores = looks(run, trained), {}
+    for key, latents in variants.items():
+        volumes = trained[:n] if latents is None else decode(run, latents)
+        features = rendered_features(run, volumes, dataset, views)
+        scores[f"fd{key}"] = round(frechet_distance(features, true), 5)
+        scores[f"kd{key}"] = round(kernel_distance(features, true), 7)
+        apart = torch.cdist(looks(run, volumes), known)
+        if latents is None:
+            apart.fill_diagonal_(torch.inf)
+        scores[f"memorization{key}"] = round(float(apart.amin(1).median()), 4)
+        if shapes:
+            made = [p for i, v in enumerate(volumes)
+                    if (p := surface_points(v, 2048, i)) is not None]
+            for name, value in shape_metrics(torch.stack(made), reference).items():
+                scores[name + key] = round(value, 5)
+    return scores
+
+
+def clouds(dataset, volumes, n=2048):
+    """Points on the true surfaces of all objects, or else on the decoded ones -> (N, 2048, 3)."""
+    if dataset.shapes:
+        return torch.stack([dataset.surface_points(k, n) for k in range(dataset.n_objects)])
+    return torch.stack([p for v in volumes if (p := surface_points(v, n, 1)) is not None])
+
+
+def print_scores(scores):
+    """Scores as a table: a row for each kind of sample, a column for each number."""
+    kinds = ["", "_direct", "_direct_normal", "_train"]
+    names = [name for name in ("fd", "kd", "cov", "mmd", "nna", "memorization") if name in scores]
+    print(f"{'':28}" + "".join(f"{name:>14}" for name in names))
+    for kind, title in zip(kinds, ("diffusion", "direct sampling, fitted", "direct sampling, "
+                                   "N(0, I)", "training objects")):
+        print(f"{title:28}" + "".join(f"{scores[name + kind]:14.5g}" for name in names))
 
 
 # ---- Figures ------------------------------------------------------------------------------------
@@ -509,7 +741,7 @@ def load_driving(run, clip):
     source, name = run.source, clip
     if path.exists():
         source, name = path.parent, path.name if path.is_dir() else path.stem
-    clips = data.load(source, s["size"], 0, s["seed"], s["n_objects"], s["n_views"], name)
+    clips = load_dataset({**s, "holdout": 0, "objects": name, "clip_filter": False}, source)
     if not clips.moving:
         raise BadInput(f"--drive {clip}: not a clip")
     frames = clips.frames_of(0)
@@ -522,12 +754,15 @@ def load_driving(run, clip):
 def score_motion(run, dataset, n_samples=32):
     """Learned poses and parts against the true ones, which only puppets have -> dict of numbers.
 
-    yaw_correlation, yaw_slope  of learned against true yaw, medians over the clips
-    yaw_share     share of clips in which they correlate by 0.95 or more
     part_purity   share of pixels whose learned part is, most often, the part that they truly show
-    limb_correlation  of the angles of left arm, right arm, left leg, right leg, medians
+    yaw_correlation, yaw_slope  of true yaw and that of the part that shows torsos most often,
+                  medians over the clips
+    yaw_share     share of clips in which they correlate by 0.95 or more
+    limb_correlation  of the angles of left arm, right arm, left leg, right leg with a linear
+                  readout from the pose, as seen from the torso, of the part that shows the limb
+                  most often; fitted to training frames, scored on held-out ones
     """
-    size, clips, table = dataset.images.shape[1], [], 0
+    size, poses, table = dataset.images.shape[1], [], 0
     for k in range(dataset.n_objects):
         frames = dataset.frames_of(k)
         cameras = cameras_of(run, dataset, frames)                            # (V, P, 4, 4)
@@ -539,26 +774,48 @@ def score_motion(run, dataset, n_samples=32):
         both = seen & (true > 0)
         hits = F.one_hot(share.argmax(1)[both] * 6 + true[both] - 1, 6 * share.shape[1])
         table = table + hits.sum(0).reshape(-1, 6)                            # (P, 6)
+        poses.append(cameras.cpu())
+    torso, *limbs = table[:, 1:].argmax(0).tolist()
+    yaw, slope, true = [], [], dataset.truth["yaw"].split([len(p) for p in poses])
+    for there, cameras in zip(true, poses):
         # Where the camera is as the subject sees it: to the left of one who has turned right.
-        weight = share.mean((2, 3))[..., None].to(cameras)                    # (V, P, 1)
-        back = (weight * cameras[..., :3, 2]).sum(1)
-        learned = -torch.atan2(back[:, 0], back[:, 2]).cpu()
-        clips.append((frames, cameras[..., :3, :3].cpu(), learned))
-    limbs, torso = table[:, 2:].argmax(0).tolist(), int(table[:, 1].argmax())
-    yaw, slope, angles = [], [], [[] for _ in limbs]
-    for frames, R, learned in clips:
-        true = dataset.truth["yaw"][frames]
-        yaw.append(correlation(true, learned))
-        slope.append(yaw[-1] * float(learned.std() / true.std()))
-        for i, p in enumerate(limbs):               # turned from the torso's axes: about z, about x
-            turn = R[:, torso] @ R[:, p].mT
-            a, b = (0, 1) if i < 2 else (1, 2)
-            angle = torch.atan2(turn[:, b, a], turn[:, a, a])
-            angles[i].append(abs(correlation(dataset.truth["angles"][frames, i], angle)))
+        learned = -torch.atan2(cameras[:, torso, 0, 2], cameras[:, torso, 2, 2])
+        yaw.append(correlation(there, learned))
+        slope.append(yaw[-1] * float(learned.std() / there.std()))
+    test, poses, limb_correlation = dataset.heldout, torch.cat(poses), []
+    train = ~test if test.any() else test == 0
+    for i, p in enumerate(limbs):
+        pose = poses[:, torso] @ torch.linalg.inv(poses[:, p])                # of p, in the torso's
+        x = F.pad(pose[:, :3].flatten(1), (0, 1), value=1.0).double()         # (F, 13)
+        angle = dataset.truth["angles"][:, i].double()
+        fit = torch.linalg.pinv(x[train], rtol=1e-4) @ angle[train]
+        limb_correlation.append(round(correlation((x @ fit)[test], angle[test]), 4))
     return {"yaw_correlation": middle(yaw), "yaw_slope": middle(slope),
             "yaw_share": sum(c >= 0.95 for c in yaw) / len(yaw),
-            "part_purity": float(table.amax(1).sum() / table.sum()),
-            "limb_correlation": [middle(a) for a in angles]}
+            "part_purity": round(float(table.amax(1).sum() / table.sum()), 4),
+            "limb_correlation": limb_correlation}
+
+
+@torch.no_grad()
+def score_cameras(run, dataset):
+    """Learned cameras of rigid objects against the true ones -> dict of numbers.
+
+    rotation_error   degrees, median over all frames, after one rotation of the world for all and
+                     one scale of all azimuths (under so long a lens both are anybody's guess)
+    azimuth_scale    that scale: true over learned
+    """
+    frames = torch.arange(len(dataset.heldout))
+    R, true = cameras_of(run, dataset, frames)[:, 0, :3, :3].cpu(), dataset.cam2world[:, :3, :3]
+    U, _, Vh = torch.linalg.svd(torch.einsum("nij,nkj->ik", true, R))
+    turn = U @ torch.diag(torch.tensor([1.0, 1, torch.det(U @ Vh)])) @ Vh     # Procrustes
+    R = turn @ R
+    a, b = (torch.atan2(x[:, 0, 2], x[:, 2, 2]) for x in (R, true))           # azimuths
+    scale = float((a * b).sum() / (a * a).sum())
+    zero = torch.zeros_like(a)
+    R = render.orbit((scale - 1) * a, zero, 1.0)[:, :3, :3] @ R
+    cosine = (torch.einsum("nij,nij->n", R, true) - 1) / 2
+    error = torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))
+    return {"rotation_error": middle(error.tolist()), "azimuth_scale": round(scale, 4)}
 
 
 def correlation(a, b):
@@ -644,14 +901,16 @@ def save_mesh(path, volume):
 # ---- Command line -------------------------------------------------------------------------------
 
 
-def save_samples(run, folder, n, steps, seed, churn, direct=""):
+def save_samples(run, folder, n, steps, seed, churn, direct="", prompt=None, guidance=3.0):
     """Draws n objects and writes sheet, geometry, turntable (GIF, MP4) -> volumes, paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if direct:
         latents = direct_latents(run, n, seed, direct)
     else:
-        latents = sample_latents(run, latent_noise(run, n, seed), steps, churn, seed)
+        latents = sample_latents(run, latent_noise(run, n, seed), steps, churn, seed,
+                                 prompts=None if prompt is None else [prompt] * n,
+                                 guidance=guidance)
     volumes = decode(run, latents)
     paths = save_sample_sheet(folder, run, volumes, decode(run, training_latents(run)))
     return volumes, paths + save_turntable(run, volumes, folder)
@@ -670,6 +929,21 @@ def save_interpolation(run, folder, seeds, steps, size=96, frames=36):
     sheet = Path(folder) / "interpolation.png"
     save_sheet(sheet, [pictures[::frames // 8]], [f"seed {seeds[0]} to {seeds[1]}"])
     return [sheet] + paths
+
+
+def evaluate_run(run, args, steps, churn):
+    """--evaluate: prints all scores, and adds them to the run's metrics.json."""
+    if args.n < 2 or args.views < 1:
+        raise BadInput("--evaluate needs --n 2 or more (256 are usual) and --views 1 or more")
+    began, s = time.time(), run.settings
+    dataset = load_dataset(s, run.source)
+    if dataset.names != run.names:
+        raise BadInput(f"--evaluate: {run.source} no longer holds the objects of {args.run}")
+    scores = score_heldout(run, dataset)
+    scores |= evaluate(run, dataset, args.n, args.views, steps, churn, args.seed)
+    add_metrics(args.run, s, seconds_evaluation=round(time.time() - began, 1), **scores)
+    print_scores(scores)
+    print(f"wrote {args.run}/metrics.json")
 
 
 def choose_device(name):
@@ -695,10 +969,16 @@ def main(arguments=None):
         "(default: the run's)")
     add("--direct", choices=["normal", "fitted"], default="", help="baseline: no diffusion, draw "
         "the embedding from N(0, I) or from a Gaussian fitted to the trained ones")
+    add("--prompt", help="what to make, where stage 2 was trained with --text")
+    add("--guidance", type=float, default=None, help="how strongly the prompt is followed; 1: as "
+        "learned, 0: not at all (default: the run's)")
     add("--interpolate", type=int, nargs=2, metavar="SEED", help="a film between two seeds")
     add("--drive", metavar="CLIP", help="moving subjects: in the poses of this clip, a name in the "
         "run's data or a path")
     add("--identity", type=int, metavar="K", help="training object K, not a new one")
+    add("--evaluate", action="store_true", help="score --n samples (256 are usual) and baselines"
+        " against the run's data: a table, and metrics.json")
+    add("--views", type=int, default=10, help="renders of each sample for --evaluate (%(default)s)")
     add("--mesh", action="store_true", help="also write coloured meshes, .ply (scikit-image)")
     add("--out", default="", help="folder for the results (default: RUN/samples)")
     add("--device", default="auto", help="cpu, cuda, ... (%(default)s)")
@@ -707,18 +987,26 @@ def main(arguments=None):
         raise BadInput("--n and --steps must be at least 1")
     if args.interpolate and args.direct:
         raise BadInput("--interpolate is between noises; it does not go with --direct")
+    if args.prompt is not None and (args.direct or args.identity is not None):
+        raise BadInput("--prompt is for what diffusion makes, not --direct or --identity")
     if args.mesh:
         find_marching_cubes()                            # before the work, not after it
     first_only = args.direct or args.identity is not None
     run = load_run(args.run, choose_device(args.device), (1,) if first_only else (1, 2))
+    if args.prompt is not None:
+        check_prompt(run, args.prompt)
     steps = args.steps or run.settings["sample_steps"]
+    guidance = run.settings["guidance"] if args.guidance is None else args.guidance
     churn = run.settings["churn"] if args.churn is None else args.churn
+    if args.evaluate:
+        return evaluate_run(run, args, steps, churn)
     folder = Path(args.out or Path(args.run) / ("samples" + "-direct" * bool(args.direct)))
     if args.drive and run.posenet is None:
         raise BadInput(f"--drive: the objects of {args.run} do not move")
     driving = load_driving(run, args.drive) if args.drive else None
     if args.identity is None:
-        volumes, paths = save_samples(run, folder, args.n, steps, args.seed, churn, args.direct)
+        volumes, paths = save_samples(run, folder, args.n, steps, args.seed, churn, args.direct,
+                                      args.prompt, guidance)
     else:
         if not 0 <= args.identity < len(run.names):
             raise BadInput(f"--identity {args.identity}: the run has 0 to {len(run.names) - 1}")

@@ -13,10 +13,8 @@ Read next: tests/, which say in closed forms what the other files promise.
 import csv
 import dataclasses
 import hashlib
-import json
 import math
 import os
-import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +50,8 @@ class Settings:
     n_views: int = option(24, "data", "views of each synthetic object")
     arc: float = option(0.0, "data", "synthetic objects seen along an arc of +-ARC degrees, not "
                         "from all round; 0: all round")
+    shared_colours: bool = option(True, "data", "of puppets: left pink, right cyan, skin and hair "
+                                  "of human colours; else every puppet has its own")
     clip_filter: bool = option(False, "data", "the paper's: drop the first and last tenth of a "
                                "clip, frames under 25 % foreground, clips under 4 frames")
     embed_dim: int = option(1024, "decoder", "length of the embedding e")
@@ -90,6 +90,8 @@ class Settings:
     clip: float = option(0.1, "stage 1", "largest gradient norm of either network, cameras learned")
     growth: tuple = option((0.03, 0.15), "stage 1", "shares of the run between which the learned "
                            "density replaces the ellipsoid")
+    detail: tuple = option((), "stage 1", "pairs of shares of the run between which the decoder's "
+                           "last levels come in, the finest last, e.g. 0.3,0.4,0.7,0.8")
     split_at: float = option(0.35, "stage 1", "share of the run after which one part becomes many")
     reprojection_weight: float = option(0.5, "stage 1", "2D points against projected 3D points")
     equivariance_weight: float = option(0.3, "stage 1", "2D points under warps of the frame")
@@ -98,7 +100,11 @@ class Settings:
     usage_weight: float = option(1.0, "stage 1", "parts that claim less than half of 1/P")
     window: int = option(0, "stage 1", "of larger pictures render a random window of this side; "
                          "0: whole pictures")
-    context_dim: int = option(0, "stage 2", "width of text tokens; 0: unconditional")
+    text: bool = option(False, "stage 2", "learn from the captions, to sample from a --prompt")
+    t5: str = option("", "stage 2", "folder of a T5 in transformers' layout; empty: a small text "
+                     "encoder is learned")
+    context_dim: int = option(1024, "stage 2", "width of that encoder's tokens; T5 has its own")
+    text_dropout: float = option(0.1, "stage 2", "share of captions left out in training")
     unet_channels: int = option(128, "stage 2", "width of the U-Net")
     unet_multipliers: tuple = option((3, 4), "stage 2", "its factor at each resolution")
     unet_depth: int = option(2, "stage 2", "residual blocks per resolution")
@@ -116,30 +122,32 @@ class Settings:
     ema_half_life: float = option(2000.0, "stage 2", "of the averaged weights, in steps")
     sample_steps: int = option(64, "sampling", "steps of the sampler")
     churn: float = option(40.0, "sampling", "S_churn, fresh noise; 0: deterministic")
+    guidance: float = option(3.0, "sampling", "how strongly a prompt is followed; 1: as learned")
     n_sheet: int = option(8, "sampling", "objects on the first sheet")
     seed: int = option(0, "run", "of everything random")
     log_every: int = option(50, "run", "steps between lines of the log")
     save_every: int = option(500, "run", "steps between checkpoints")
 
 
-PAPER_TEXT = dict(unet_channels=192, unet_depth=3, context_dim=1024, codebooks=256)
+PAPER_TEXT = dict(unet_channels=192, unet_depth=3, text=True, codebooks=256)
 PRESETS = {
     # Two CPU cores, minutes. The paper's ratios, not its numbers: latent side = volume side / 8.
     "tiny": dict(n_objects=128, channels=64, volume_side=32, latent_side=4, decoder_depth=1,
                  decoder_attention=(), objects_per_step=4, n_samples=32, lr_stage1=8e-3,
                  steps_stage1=2200, finer_at=(0.3, 0.6), window=32, perceptual_weight=1.0,
                  foreground_weight=1.0, unet_channels=64, unet_multipliers=(1, 2), unet_depth=1,
-                 unet_attention=(4, 2), steps_stage2=2000, batch_size=16, lr_stage2=2e-3,
-                 ema_half_life=200.0, sample_steps=32),
+                 unet_attention=(4, 2), context_dim=64, steps_stage2=2000, batch_size=16,
+                 lr_stage2=2e-3, ema_half_life=200.0, sample_steps=32),
     # Clips without cameras, two CPU cores, 40 minutes.
     "tiny-video": dict(n_objects=16, n_views=48, embed_dim=64, channels=64, volume_side=32,
                        latent_side=4, decoder_depth=1, decoder_attention=(), norm="group", parts=6,
                        keypoints=27, objects_per_step=4, n_samples=20, lr_stage1=2e-3,
-                       lr_pose=2e-3, betas=(0.9, 0.99), clip=1.0, steps_stage1=5000,
-                       finer_at=(0.52, 1.0), growth=(0.35, 0.5), split_at=0.55,
+                       pose_width=16, lr_pose=2e-3, betas=(0.9, 0.99), clip=1.0,
+                       steps_stage1=4400, finer_at=(0.55, 1.0), window=16, growth=(0.38, 0.46),
+                       detail=(0.38, 0.46, 0.75, 0.85), split_at=0.55,
                        unet_channels=64, unet_multipliers=(1, 2), unet_depth=1,
-                       unet_attention=(4, 2), steps_stage2=1000, batch_size=16, lr_stage2=2e-3,
-                       ema_half_life=200.0, sample_steps=32),
+                       unet_attention=(4, 2), context_dim=64, steps_stage2=1000,
+                       batch_size=16, lr_stage2=2e-3, ema_half_life=200.0, sample_steps=32),
     # One GPU, under an hour.
     "small": dict(n_objects=1024, channels=256, volume_side=64, latent_side=8, decoder_depth=2,
                   n_samples=64, objects_per_step=16, steps_stage1=20_000, lr_stage1=1e-3,
@@ -164,7 +172,8 @@ def parse(arguments=None):
     add = parser.add_argument
     add("--stage", type=int, choices=[1, 2], help="one stage only (default: both, then sample)")
     add("--data", default="synthetic", help="'synthetic' or a folder of photos (%(default)s)")
-    add("--preset", choices=PRESETS, help="%(choices)s (default: tiny; tiny-video for clips)")
+    add("--preset", choices=PRESETS, help="%(choices)s (default: tiny; where cameras are learned "
+        "tiny-video)")
     add("--cameras", choices=["known", "learned"], help="learned: from nothing but the pictures "
         "(default: known, where the data has them)")
     add("--out", help="the run's folder (default: runs/PRESET-DATA)")
@@ -182,7 +191,8 @@ def parse(arguments=None):
                                  choices=CHOICES.get(f.name)))
         group.add_argument(*flags, help=f"{f.metadata['help']} (paper: {f.default})", **kind)
     args = parser.parse_args(arguments)
-    args.preset = args.preset or ("tiny-video" if data.is_moving(args.data) else "tiny")
+    learned = args.cameras == "learned" or data.is_moving(args.data)
+    args.preset = args.preset or ("tiny-video" if learned else "tiny")
     values = dict(PRESETS[args.preset])
     values |= {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)
                if getattr(args, f.name) is not None}
@@ -210,12 +220,18 @@ def check(s):
         value = getattr(s, name)
         if not (value > 0 and math.isfinite(value)):
             raise BadInput(f"--{name.replace('_', '-')} must be positive, got {value}")
+    levels = int(math.log2(max(1, s.volume_side // s.latent_side)))
+    if len(s.detail) % 2 or len(s.detail) > 2 * levels:
+        raise BadInput(f"--detail: {len(s.detail)} numbers, but they are pairs of shares, at most "
+                       f"one for each doubling from {s.latent_side}^3 to {s.volume_side}^3")
+    if s.parts < 0:
+        raise BadInput(f"--parts must be 1 or more, got {s.parts}")
     if s.size % 2 ** len(s.finer_at):
         raise BadInput(f"--size {s.size} cannot be halved {len(s.finer_at)} times (--finer-at)")
     try:
         with torch.device("meta"):                       # no memory, no time: shapes only
-            sample.build_autodecoder(dataclasses.asdict(s), 2)
-            sample.build_denoiser(dataclasses.asdict(s))
+            sample.build_autodecoder(vars(s), 2)
+            sample.build_denoiser(vars(s))
     except ValueError as error:
         raise BadInput(str(error)) from None
 
@@ -240,11 +256,12 @@ def fit_to_data(s, cameras, dataset, source):
     rows = torch.stack([mask.sum(0), mask.sum(1)]) / mask.sum()                          # x, y
     spread = (rows * at**2).sum(1) - (rows * at).sum(1)**2
     x, y = (2 * spread.sqrt()).clamp(0.2, 0.95).tolist()
-    s = dataclasses.replace(s, parts=max(1, s.parts), body=s.body or (x, y, min(x, y)),
+    parts = max(1, s.parts) if dataset.moving else 1
+    s = dataclasses.replace(s, parts=parts, body=s.body or (x, y, min(x, y)),
                             focal=float(dataset.intrinsics[:, 0].median()))
     try:
         with torch.device("meta"):
-            sample.build_posenet(dataclasses.asdict(s))
+            sample.build_posenet(vars(s))
     except ValueError as error:
         raise BadInput(str(error)) from None
     return s
@@ -314,24 +331,6 @@ def plot_log(run):
     plt.close(figure)
 
 
-def add_metrics(run, settings, **values):
-    """Adds flat numbers to RUN/metrics.json, beside all settings."""
-    path = run / "metrics.json"
-    try:
-        metrics = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        metrics = {}                                     # damaged: it is written anew
-    metrics |= values
-    metrics["seconds_total"] = round(sum(metrics.get(f"seconds_{part}", 0.0) for part in (
-        "data", "stage1", "stage2", "sampling")), 1)
-    metrics["peak_memory_gib"] = round(
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)     # Linux counts in KiB
-    metrics["settings"] = dataclasses.asdict(settings)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(metrics, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
 class Progress:
     """One line on the screen and one row in log.csv, every log_every steps."""
 
@@ -384,26 +383,6 @@ def draw_frames(dataset, k, views, generator):
     return torch.stack(rows)
 
 
-@torch.no_grad()
-def score_heldout(at, dataset, n_samples=96, chunk=8):
-    """Mean PSNR over all held-out views, dB: 10 log10(1 / mean squared error) of each view.
-
-    at: a namespace with autodecoder, posenet, device. None where no view is held out.
-    """
-    if not dataset.heldout.any():
-        return None
-    size, psnr = dataset.images.shape[1], []
-    with sample.evaluating(at):
-        for frame in torch.nonzero(dataset.heldout)[:, 0].split(chunk):
-            volumes = at.autodecoder(dataset.object_index[frame].to(at.device))
-            out = render.render(volumes, sample.cameras_of(at, dataset, frame)[:, None],
-                                dataset.intrinsics[frame, None].to(at.device), size, n_samples,
-                                extras=False)
-            error = out["rgb"][:, 0].cpu() - dataset.batch(frame, size)[0]
-            psnr.append(-10 * error.square().flatten(1).mean(1).clamp(min=1e-10).log10())
-    return float(torch.cat(psnr).mean())
-
-
 def score_mean_frame(dataset):
     """The same with the mean training frame of each clip as the prediction."""
     size, psnr = dataset.images.shape[1], []
@@ -433,8 +412,8 @@ def start_stage1(s, dataset, run, device, source, resume):
     """
     torch.manual_seed(s.seed)                             # initial weights
     at = SimpleNamespace(
-        autodecoder=sample.build_autodecoder(dataclasses.asdict(s), dataset.n_objects).to(device),
-        posenet=sample.build_posenet(dataclasses.asdict(s)), device=device, step=0, seconds=0.0,
+        autodecoder=sample.build_autodecoder(vars(s), dataset.n_objects).to(device),
+        posenet=sample.build_posenet(vars(s)), device=device, step=0, seconds=0.0,
         generator=sample.stream(s.seed, "stage 1"), order=torch.empty(0, dtype=torch.int64))
     groups = [{"params": at.autodecoder.parameters(), "peak": s.lr_stage1}]
     if at.posenet is not None:
@@ -468,11 +447,16 @@ def save_stage1(s, at, dataset, run, source):
         with torch.no_grad(), sample.evaluating(at):
             poses = sample.cameras_of(at, dataset, dataset.frames_of(0, heldout=False)).cpu()
     save(run / "stage1.pt", {
-        "stage": 1, "step": at.step, "settings": dataclasses.asdict(s), "source": source,
+        "stage": 1, "step": at.step, "settings": vars(s), "source": source,
         "names": dataset.names, "captions": dataset.captions, "view": turntable_view(dataset),
         "seconds": at.seconds, "model": at.autodecoder.state_dict(), "posenet": posenet,
         "poses": poses, "optimizer": at.optimizer.state_dict(), "order": at.order,
         "random": random_states(at.generator), "fingerprint": fingerprint(at.autodecoder)})
+
+
+def ramp(share, begin, end):
+    """0 until begin, then up to 1 at end."""
+    return min(1.0, max(0.0, (share - begin) / max(1e-9, end - begin)))
 
 
 def follow_schedule(s, at):
@@ -483,12 +467,16 @@ def follow_schedule(s, at):
     if at.posenet is None:
         return
     # OURS: the ellipsoid stays, and is only painted, until turning has been learned from how the
-    # paint moves. Released early (at 5 % of 1,000 steps), the volume becomes a flat cut-out that no
-    # longer can turn: loss 0.25 at its own poses, 0.75 at the true ones, yaw correlation 0.24;
-    # released at 50 % of 1,800: 0.91 (8 puppets, one part, seed 0).
+    # paint moves. It is painted coarsely (see autodecoder.faded), and poses rest while density and
+    # detail come in: then both fit the poses, not the poses them. Yaw correlation and slope, 16
+    # puppets, one part, seed 0: 0.94 and 0.43 before; 0.97 and 0.51 after; without the rest, 0.88
+    # and 0.24. Released at once, the volume becomes a flat cut-out that can no longer turn.
     begin, end = s.growth
-    at.autodecoder.growth.fill_(min(1.0, max(0.0, (share - begin) / max(1e-9, end - begin))))
-    at.optimizer.param_groups[1]["lr"] *= share >= begin / 5     # paint the ellipsoid, then turn it
+    at.autodecoder.growth.fill_(ramp(share, begin, end))
+    last = len(s.detail) // 2
+    for i in range(last):
+        at.autodecoder.detail[i - last] = ramp(share, *s.detail[2 * i:2 * i + 2])
+    at.optimizer.param_groups[1]["lr"] *= begin / 8 <= share < begin or share >= end
     # PAPER (the predecessor): one part first, then its weights are copied to all parts.
     if share >= s.split_at and int(at.posenet.active) < s.parts:
         at.posenet.split()
@@ -499,8 +487,10 @@ def learned_cameras(s, at, dataset, frames):
     size = min(64, dataset.images.shape[1])
     pictures = dataset.batch(frames.flatten(), size)[0].to(at.device)            # (B V, 3, 64, 64)
     cameras, u, losses = at.posenet(pictures, settled=at.step > 0.9 * s.steps_stage1)
+    # OURS: of one view of each object, or this would cost as much as all the rest.
+    one = slice(None, None, frames.shape[1])
     losses["equivariance"] = autodecoder.equivariance_loss(
-        at.posenet.points2d, pictures, u, at.generator)
+        at.posenet.points2d, pictures[one], u[one], at.generator)
     loss = sum(getattr(s, f"{name}_weight") * value for name, value in losses.items())
     return cameras.unflatten(0, frames.shape), loss
 
@@ -555,21 +545,23 @@ def train_stage1(s, dataset, run, device, source, resume=False):
 
 def finish_stage1(s, at, dataset, run):
     """Pictures from all sides, and how well held-out views are met."""
-    add_metrics(run, s, seconds_stage1=round(at.seconds, 1), steps_stage1=at.step)
+    sample.add_metrics(run, vars(s), seconds_stage1=round(at.seconds, 1), steps_stage1=at.step)
     sample.save_orbit(run / "orbit.png", sample.load_run(run, at.device, stages=(1,)))
-    psnr = score_heldout(at, dataset)
-    if psnr is None:
+    scores = sample.score_heldout(at, dataset)
+    if not scores:
         return
-    add_metrics(run, s, psnr_heldout=round(psnr, 3))
-    line = f"stage 1 | held-out views: {psnr:.2f} dB PSNR over {int(dataset.heldout.sum())}"
+    sample.add_metrics(run, vars(s), **scores)
+    line = (f"stage 1 | held-out views: {scores['psnr_heldout']:.2f} dB PSNR, "
+            f"{scores['ssim_heldout']:.3f} SSIM over {int(dataset.heldout.sum())}")
     if dataset.moving:
         mean = score_mean_frame(dataset)
-        add_metrics(run, s, psnr_mean_frame=round(mean, 3))
+        sample.add_metrics(run, vars(s), psnr_mean_frame=round(mean, 3))
         line += f"; the clips' mean frames: {mean:.2f} dB"
     print(line)
-    if dataset.truth:
-        scores = sample.score_motion(sample.load_run(run, at.device, stages=(1,)), dataset)
-        add_metrics(run, s, **scores)
+    if dataset.truth or at.posenet is not None and not dataset.moving:
+        score = sample.score_motion if dataset.truth else sample.score_cameras
+        scores = score(sample.load_run(run, at.device, stages=(1,)), dataset)
+        sample.add_metrics(run, vars(s), **scores)
         print("stage 1 | against the truth: "
               + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in scores.items()))
 
@@ -592,16 +584,20 @@ def start_stage2(s, run, device, resume):
         raise BadInput("stage 2 learns a distribution of objects; one object has none. Use "
                        "--stage 1 alone, or --data with more objects")
     latents = sample.training_latents(decoder)                               # (N, C, d, d, d)
-    normalizer = sample.build_normalizer(dataclasses.asdict(s)).fit(latents)
+    normalizer = sample.build_normalizer(vars(s)).fit(latents)
     sample.save_latent_histogram(run / "latents.png", latents)
+    encode, width, vocabulary, captions = read_text(s, first["captions"], run, device)
+    s = dataclasses.replace(s, context_dim=width)
     torch.manual_seed(s.seed)
-    model, average = (sample.build_denoiser(dataclasses.asdict(s)).to(device) for _ in range(2))
+    model, average = (sample.build_denoiser(vars(s), vocabulary).to(device)
+                      for _ in range(2))
     average.requires_grad_(False).load_state_dict(model.state_dict())
     at = SimpleNamespace(
         model=model, average=average, normalizer=normalizer, latents=normalizer.normalize(latents),
         generator=sample.stream(s.seed, "stage 2"), step=0, seconds=0.0,
         optimizer=torch.optim.Adam(model.parameters(), s.lr_stage2, fused=True),
-        decoder=first["fingerprint"])
+        decoder=first["fingerprint"], vocabulary=vocabulary, captions=captions,
+        encode=encode or model.text)
     path = run / "stage2.pt"
     old = sample.load_checkpoint(run, 2, resume=True) if resume else None
     if old:
@@ -618,10 +614,49 @@ def start_stage2(s, run, device, resume):
     return s, at
 
 
+def read_text(s, captions, run, device):
+    """What --text needs: an encoder, or None for the denoiser's own, the width of its tokens, its
+    vocabulary, and the captions."""
+    captions = [caption or "" for caption in captions]
+    if not s.text:
+        return None, s.context_dim, [], captions
+    vocabulary = sorted({word for caption in captions for word in diffusion.words(caption)})
+    if not vocabulary:
+        raise BadInput("--text: no object of stage 1 has a caption; add captions.txt, with a line "
+                       "NAME: CAPTION for each, to the data and run stage 1 again")
+    if not s.t5:
+        return None, s.context_dim, vocabulary, captions
+    # PAPER: T5 is frozen, so it runs once; its tokens are kept beside the run.
+    path, prompts = run / "text.pt", sorted({"", *captions})
+    if path.exists():
+        kept = torch.load(path, map_location=device, weights_only=True)
+    if not path.exists() or (kept["t5"], kept["prompts"]) != (s.t5, prompts):
+        encoder = diffusion.T5Encoder(s.t5, device)
+        tokens, mask = zip(*(encoder([prompt]) for prompt in prompts))
+        kept = {"t5": s.t5, "prompts": prompts, "tokens": torch.cat(tokens),
+                "mask": torch.cat(mask)}
+        save(path, kept)
+    row = {prompt: i for i, prompt in enumerate(prompts)}
+
+    def encode(given):
+        rows = torch.tensor([row[prompt] for prompt in given], device=device)
+        return kept["tokens"][rows], kept["mask"][rows]
+    return encode, kept["tokens"].shape[-1], [], captions
+
+
+def caption_tokens(s, at, k):
+    """Tokens and mask of the captions of objects k (B,), some left out at random; () without text.
+
+    PAPER: a share of the captions is dropped, so that the model learns the unconditional case too.
+    """
+    if not s.text:
+        return ()
+    dropped = torch.rand(len(k), generator=at.generator) < s.text_dropout
+    return at.encode(["" if d else at.captions[i] for i, d in zip(k.tolist(), dropped.tolist())])
+
+
 def train_stage2(s, run, device, resume=False):
     """Learns the distribution of the latents of RUN/stage1.pt; writes stage2.pt, log, figures."""
-    if s.context_dim:
-        raise BadInput("text conditioning (--context-dim) is not built yet; use --context-dim 0")
     s, at = start_stage2(s, run, device, resume)
     print(f"stage 2 | latents {tuple(at.latents.shape)} | median {at.normalizer.m.mean():.3f}, "
           f"0.7413 IQR {at.normalizer.s.mean():.3f}, normalized spread {at.latents.std():.3f}")
@@ -631,7 +666,9 @@ def train_stage2(s, run, device, resume=False):
         for group in at.optimizer.param_groups:
             group["lr"] = s.lr_stage2 * (1 - at.step / s.steps_stage2)
         k = torch.randint(len(at.latents), (s.batch_size,), generator=at.generator)
-        loss = diffusion.edm_loss(at.model, at.latents[k], at.generator, sigma_data=s.sigma_data)
+        text = caption_tokens(s, at, k)                                # (B, 32, width), (B, 32)
+        loss = diffusion.edm_loss(lambda x, sigma: at.model(x, sigma, *text), at.latents[k],
+                                  at.generator, sigma_data=s.sigma_data)
         at.optimizer.zero_grad()
         loss.backward()
         at.optimizer.step()
@@ -640,12 +677,13 @@ def train_stage2(s, run, device, resume=False):
         log(at.step, loss.item())
         if at.step % s.save_every == 0 or at.step == s.steps_stage2:
             save(run / "stage2.pt", {
-                "stage": 2, "step": at.step, "settings": dataclasses.asdict(s),
+                "stage": 2, "step": at.step, "settings": vars(s),
                 "decoder": at.decoder, "seconds": at.seconds, "model": at.model.state_dict(),
                 "ema": at.average.state_dict(), "optimizer": at.optimizer.state_dict(),
-                "m": at.normalizer.m, "s": at.normalizer.s, "random": random_states(at.generator)})
+                "m": at.normalizer.m, "s": at.normalizer.s, "vocabulary": at.vocabulary,
+                "random": random_states(at.generator)})
             plot_log(run)
-    add_metrics(run, s, seconds_stage2=round(at.seconds, 1), steps_stage2=at.step,
+    sample.add_metrics(run, vars(s), seconds_stage2=round(at.seconds, 1), steps_stage2=at.step,
                 latent_median=float(at.normalizer.m.mean()),
                 latent_iqr=float(at.normalizer.s.mean()))
 
@@ -655,22 +693,13 @@ def first_sampling(s, dataset, run):
     began = time.time()
     trained = sample.load_run(run)
     sample.save_noise_strip(run / "noise_to_object.png", trained, steps=s.sample_steps)
-    n = 128                       # enough pictures for the covariance of the features
     volumes, paths = sample.save_samples(trained, run / "samples", s.n_sheet, s.sample_steps,
                                          s.seed, s.churn)
-    scores = {}
-    for key, latents in (
-            ("fd", sample.sample_latents(trained, sample.latent_noise(trained, n, s.seed + 1),
-                                         s.sample_steps, s.churn, s.seed)),
-            ("fd_direct", sample.direct_latents(trained, n, s.seed, "fitted")),
-            ("fd_direct_normal", sample.direct_latents(trained, n, s.seed, "normal")),
-            ("fd_train", sample.training_latents(trained)[:n])):
-        scores[key] = round(sample.frechet_to_training_views(
-            trained, sample.decode(trained, latents), dataset), 5)
-    add_metrics(run, s, seconds_sampling=round(time.time() - began, 1), **scores)
-    print("Frechet distance to training views (random features): diffusion {fd}, direct latent "
-          "sampling {fd_direct} (fitted) {fd_direct_normal} (normal), training objects {fd_train}"
-          .format(**scores))
+    # 128: enough pictures for the covariance of the features; sample.py --evaluate takes more.
+    scores = sample.evaluate(trained, dataset, 128, 4, s.sample_steps, s.churn, s.seed,
+                             shapes=False)
+    sample.add_metrics(run, vars(s), seconds_sampling=round(time.time() - began, 1), **scores)
+    sample.print_scores(scores)
     return [run / "noise_to_object.png"] + paths
 
 
@@ -685,8 +714,7 @@ def main(arguments=None):
     paths, began = [], time.time()
     dataset = None
     if args.stage != 2:
-        dataset = data.load(args.data, s.size, s.holdout, s.seed, s.n_objects, s.n_views,
-                            s.objects or None, s.arc, s.clip_filter)
+        dataset = sample.load_dataset(vars(s), args.data)
         print(f"data    | {dataset.layout}: {dataset.n_objects} objects, "
               f"{int((~dataset.heldout).sum())} training and {int(dataset.heldout.sum())} held-out "
               f"views, {s.size}x{s.size}, {time.time() - began:.0f} s")
@@ -697,7 +725,7 @@ def main(arguments=None):
             raise BadInput(f"--out {args.out} cannot be made: {error.strerror}") from None
         s = fit_to_data(s, args.cameras, dataset, args.data)
         train_stage1(s, dataset, args.out, device, args.data, args.resume)
-        add_metrics(args.out, s, seconds_data=round(seconds, 1))
+        sample.add_metrics(args.out, vars(s), seconds_data=round(seconds, 1))
         paths += [args.out / name for name in ("training.png", "orbit.png", "loss.png")]
     if args.stage != 1 and not (args.stage is None and dataset.n_objects < 2):
         train_stage2(s, args.out, device, args.resume)

@@ -465,3 +465,20 @@ def test_a_moving_subject_starts_as_an_opaque_ellipsoid_with_parts_spread_over_i
     centres = autodecoder.spread_points(4, (0.3, 0.8, 0.3))
     assert torch.cdist(centres, centres).add(10 * torch.eye(4)).min() > 0.25
     assert ((centres / torch.tensor([0.3, 0.8, 0.3])).norm(dim=1) < 1).all()
+
+
+def test_a_level_that_has_not_come_in_smooths_and_at_full_share_is_itself():
+    model = AutoDecoder(1, 8, 16, volume_side=16, latent_side=4, depth=1, attention=(),
+                        norm="group", parts=1, half_axes=(0.5, 0.5, 0.5))
+    x = torch.randn(1, 8, 8, 8, 8)                               # what the last level is given
+    level = model.levels[-1]
+    assert torch.equal(autodecoder.faded(level, x, torch.tensor(1.0)), level(x))
+    coarse = autodecoder.faded(level, x, torch.tensor(0.0))
+    # Linear interpolation of a ramp is a ramp of half the slope.
+    ramp = torch.arange(8.0)[:, None, None].expand(1, 8, 8, 8, 8)
+    rows = autodecoder.faded(level, ramp, torch.tensor(0.0))[0, :, 1:-1]
+    steps = rows.diff(dim=1)
+    slope = level[0].skip(ramp).diff(dim=2)[:, :, :1, :1, :1] / 2
+    torch.testing.assert_close(steps, slope[0].expand_as(steps), rtol=1e-4, atol=1e-5)
+    half = autodecoder.faded(level, x, torch.tensor(0.5))
+    torch.testing.assert_close(half, (coarse + level(x)) / 2)

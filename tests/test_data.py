@@ -1,6 +1,7 @@
 """data.py: the synthetic set against closed forms, every layout against a known scene."""
 
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -269,6 +270,14 @@ def test_puppets_have_the_promised_shapes_and_captions(puppets):
     assert puppets.images.shape == (72, 64, 64, 3) and puppets.names == ["0000", "0001", "0002"]
     for text in puppets.captions:
         assert text.startswith("a puppet with ") and text.endswith(" trousers")
+
+
+def test_colours_shared_by_all_puppets_can_be_switched_off():
+    def left_hand(k, **kw):
+        return data.make_puppet(np.random.default_rng([0, 1000 + k]), **kw)[0][2][-1].colour
+    shared = torch.tensor([left_hand(k) for k in range(8)])
+    own = torch.tensor([left_hand(k, shared_colours=False) for k in range(8)])
+    assert (shared - torch.tensor(data.PINK)).abs().max() < 0.051 and own.std(0).min() > 0.15
 
 
 def test_puppet_k_is_the_same_in_a_larger_set_and_differs_with_the_seed(puppets):
@@ -624,6 +633,25 @@ def test_a_folder_of_many_objects_is_many_objects_in_order(shots, tmp_path):
     assert data.load(tmp_path, 32, objects="b").names == ["b"]
     with pytest.raises(BadInput, match="no object c; there are: a, b"):
         data.load(tmp_path, 32, objects="b,c")
+
+
+def test_captions_are_read_from_three_places_and_bad_ones_refused_by_name(shots, tmp_path):
+    for name in ("chair", "lamp", "vase"):
+        write_transforms(tmp_path / name, *shots)
+    (tmp_path / "chair" / "caption.txt").write_text("a chair\n")
+    (tmp_path / "captions.txt").write_text("lamp: a lamp: green\n\n")
+    (tmp_path / "captions.json").write_text('{"vase": "a vase"}')
+    assert data.load(tmp_path, 16).captions == ["a chair", "a lamp: green", "a vase"]
+    assert data.load(tmp_path, 16, objects="vase").captions == ["a vase"]
+    for name, content, says in (("captions.txt", "lamp a lamp", "expected lines NAME: CAPTION"),
+                                ("captions.txt", "sofa: a sofa", "no object is called sofa"),
+                                ("captions.json", '["a lamp"]', 'expected {"NAME": "CAPTION"}'),
+                                ("captions.json", '{"lamp": 3}', 'expected {"NAME": "CAPTION"}')):
+        kept = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(content)
+        with pytest.raises(data.BadInput, match=re.escape(says)):
+            data.load(tmp_path, 16)
+        (tmp_path / name).write_text(kept)
 
 
 def test_srn_takes_white_for_background(shots, tmp_path):

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import diffusion   # noqa: E402
+from data import BadInput   # noqa: E402
 from diffusion import (Denoiser, edm_loss, edm_sampler, ema_update,   # noqa: E402
                        preconditioning, sigma_steps)
 
@@ -268,3 +270,73 @@ def test_ema_forgets_half_in_its_half_life_and_the_random_start_at_once():
     ema_update(average, model, step=0, half_life=50)
     torch.testing.assert_close(average.weight, torch.ones_like(average.weight))
     assert (model.weight == 1).all()
+
+
+# ---- Text ---------------------------------------------------------------------------------------
+
+WORDS = ["a", "blue", "chair", "legs", "red", "with"]
+
+
+def encoder(seed=0):
+    torch.manual_seed(seed)
+    return diffusion.WordEncoder(WORDS, 16).eval()
+
+
+@torch.no_grad()
+def test_the_word_encoder_hears_which_words_and_in_which_order():
+    encode = encoder()
+    tokens, mask = encode(["a red chair with blue legs", "a blue chair with red legs", ""])
+    assert tokens.shape == (3, 32, 16) and mask.sum(1).tolist() == [7, 7, 1]
+    assert (tokens[~mask] == 0).all()
+    assert (tokens[0, 3] - tokens[1, 3]).abs().max() > 1e-3      # "chair"
+
+
+@torch.no_grad()
+def test_padding_and_the_rest_of_the_batch_change_no_token():
+    encode = encoder()
+    alone, _ = encode(["a red chair"])
+    beside, _ = encode(["a red chair", "a blue chair with red legs"])
+    torch.testing.assert_close(alone[0], beside[0], rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_unknown_words_are_named_and_left_out_and_a_prompt_of_none_is_the_null_prompt():
+    encode = encoder()
+    assert encode.unknown("A teal chair, with legs!") == ["teal"]
+    for prompt in ("", "zebra teal", "!?"):
+        assert torch.equal(encode([prompt])[0], encode([""])[0])
+    assert torch.equal(encode(["a teal chair"])[0], encode(["a chair"])[0])
+    assert encode(["red " * 1000])[1].sum() == 32
+
+
+@torch.no_grad()
+def test_guidance_is_linear_in_its_weight_and_exact_at_0_and_1():
+    model, encode = tiny(context_dim=16).double(), encoder()
+    text, null = ([y.double() if y.is_floating_point() else y for y in encode([p])]
+                  for p in ("a red chair", ""))
+    x, sigma = normal(2, 3, 4, 4, 4), torch.tensor(0.7, dtype=F64)
+    D = {w: diffusion.guided(model, text, null, w)(x, sigma) for w in (0, 1, 2.0, 3.0)}
+    both = [y.expand(2, *y.shape[1:]) for y in text]
+    assert torch.equal(D[1], model(x, sigma, *both))
+    assert (D[1] - D[0]).abs().max() > 1e-4
+    for w in (2.0, 3.0):
+        torch.testing.assert_close(D[w], D[0] + w * (D[1] - D[0]))
+
+
+def test_guidance_calls_the_network_once_a_step():
+    calls = []
+
+    def denoiser(x, sigma, context, mask):
+        calls.append(len(x))
+        return x + context.mean()
+
+    text, null = ((torch.full((1, 32, 4), v), torch.ones(1, 32, dtype=bool)) for v in (1.0, 0.0))
+    for weight, size in ((0, 3), (1, 3), (3.0, 6)):
+        diffusion.guided(denoiser, text, null, weight)(torch.zeros(3, 1, 2, 2, 2), 1.0)
+        assert calls.pop() == size and not calls
+
+
+def test_t5_without_transformers_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(BadInput, match="pip install transformers"):
+        diffusion.T5Encoder(tmp_path)

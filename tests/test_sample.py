@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,7 +31,8 @@ def folder(tmp_path):
                     view=dict(distance=4.0, elevation=0.3), model=model.state_dict()),
                tmp_path / "stage1.pt")
     torch.save(dict(stage=2, settings=SETTINGS, decoder="f", m=torch.tensor(-3.0),
-                    s=torch.tensor(2.0), ema=sample.build_denoiser(SETTINGS).state_dict()),
+                    s=torch.tensor(2.0), vocabulary=[],
+                    ema=sample.build_denoiser(SETTINGS).state_dict()),
                tmp_path / "stage2.pt")
     return tmp_path
 
@@ -44,6 +46,10 @@ def refused(call, *words):
     with pytest.raises(BadInput) as error:
         call()
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def exact_features(n, mean, covariance, seed=0):
@@ -233,6 +239,72 @@ def test_frechet_distance_to_itself_is_zero_even_with_fewer_pictures_than_featur
     for a, b in [(x, x[:, :3]), (x[:1], x), (x[0], x)]:
         with pytest.raises(ValueError, match="features"):
             sample.frechet_distance(a, b)
+
+
+def test_kernel_distance_is_its_definition_and_unbiased():
+    a, b = normal(7, 5), normal(9, 5, seed=1) + 0.3
+    k = lambda x, y: (float(x @ y) / 5 + 1) ** 3                                  # noqa: E731
+    within = [sum(k(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j)
+              / (len(s) * (len(s) - 1)) for s in (a, b)]
+    across = sum(k(x, y) for x in a for y in b) / (len(a) * len(b))
+    assert sample.kernel_distance(a, b) == pytest.approx(sum(within) - 2 * across, rel=1e-12)
+    many = [sample.kernel_distance(normal(20, 4, seed=2 * i), normal(20, 4, seed=2 * i + 1))
+            for i in range(300)]
+    mean, error = np.mean(many), np.std(many) / len(many) ** 0.5
+    assert abs(mean) < 3 * error and min(many) < 0 < max(many)
+    with pytest.raises(ValueError, match="n, m >= 2"):
+        sample.kernel_distance(a[:1], b)
+
+
+def test_ssim_is_one_for_equal_pictures_and_its_formula_for_flat_ones():
+    picture = torch.rand(2, 3, 24, 24)
+    torch.testing.assert_close(sample.ssim(picture, picture), torch.ones(2))
+    flat = [torch.full((1, 3, 16, 16), v) for v in (0.2, 0.6)]
+    expected = (2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4)     # no variance: luminance alone
+    assert sample.ssim(*flat).item() == pytest.approx(expected, rel=1e-4)
+    assert sample.ssim(picture, 1 - picture).max() < 0
+
+
+def test_shape_metrics_agree_with_brute_force():
+    a, b = normal(6, 40, 3).float(), (normal(5, 40, 3, seed=1) * 1.1).float()
+
+    def chamfer(x, y):
+        d = (x[:, None] - y).square().sum(-1)
+        return float(d.amin(1).mean() + d.amin(0).mean())
+
+    D = np.array([[chamfer(x, y) for y in b] for x in a])
+    assert np.allclose(sample.chamfer_distances(a, b).numpy(), D, rtol=1e-4)
+    union, own = torch.cat([a, b]), [0] * 6 + [1] * 5
+    full = np.array([[chamfer(x, y) for y in union] for x in union]) + np.diag([np.inf] * 11)
+    nna = np.mean([own[i] == own[j] for i, j in enumerate(full.argmin(1))])
+    scores = sample.shape_metrics(a, b)
+    assert scores["cov"] == len(set(D.argmin(1))) / 5
+    assert scores["mmd"] == pytest.approx(D.min(0).mean(), rel=1e-4)
+    assert scores["nna"] == pytest.approx(nna)
+
+
+def test_a_set_covers_itself_at_no_distance_and_far_sets_are_told_apart():
+    a = normal(5, 64, 3).float()
+    scores = sample.shape_metrics(a, a)
+    assert scores["cov"] == 1 and scores["mmd"] == pytest.approx(0, abs=1e-5)
+    assert sample.shape_metrics(a, a + 10)["nna"] == 1
+    with pytest.raises(ValueError, match="generated must be"):
+        sample.shape_metrics(a[:1], a)
+
+
+def test_surface_points_of_a_ball_are_uniform_on_it():
+    at = (torch.arange(48) + 0.5) / 24 - 1
+    x, y, z = torch.meshgrid(at, at, at, indexing="ij")
+    radius = (x**2 + y**2 + z**2).sqrt()
+    # A density that falls linearly through the level at 0.6, so that the place is exact.
+    density = math.log(2) * 24 * (1 + 10 * (0.6 - radius)).clamp(0, 5)
+    points = sample.surface_points(torch.stack([density, *[density] * 3]), 4000)
+    assert points.shape == (4000, 3)
+    assert (points.norm(dim=1) - 0.6).abs().max() < 0.02
+    # On a sphere every coordinate is uniform in [-r, r] (Archimedes).
+    for c in (points / 0.6).T:
+        assert c.mean().abs() < 0.05 and c.std().item() == pytest.approx(3**-0.5, abs=0.03)
+    assert sample.surface_points(torch.zeros(4, 8, 8, 8), 10) is None
 
 
 def test_image_features_tell_pictures_apart_but_not_chunks():
