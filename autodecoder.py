@@ -244,6 +244,10 @@ class AutoDecoder(nn.Module):
     def decode_volume(self, latent):
         """G2: latent F -> volume (B, 4 or 4 + P, D, H, W): density >= 0 per world unit, colour in
         [0, 1], and of moving subjects skinning logits."""
+        return self.activate(self.decode_raw(latent))
+
+    def decode_raw(self, latent):
+        """The convolutions of G2: latent F -> (B, 4 or 4 + P, D, H, W), any number."""
         expected = (self.latent_channels,) + (self.latent_side,) * 3
         if tuple(latent.shape[1:]) != expected:
             raise ValueError(f"latent must be (B, {', '.join(map(str, expected))}), "
@@ -252,7 +256,10 @@ class AutoDecoder(nn.Module):
         for i in range(self.sides.index(self.latent_side), len(self.levels)):
             x = faded(self.levels[i], x, self.detail[i])
         x = self.head(x)
-        x = torch.cat([x[:, :1] * self.growth, x[:, 1:]], 1) + self.prior
+        return torch.cat([x[:, :1] * self.growth, x[:, 1:]], 1) + self.prior
+
+    def activate(self, x):
+        """The rest of G2: what decode_raw returns -> volume."""
         # OURS: density in units of "optical thickness 1 per voxel", so that a network output means
         # the same opacity at 32^3 and 128^3; it starts as thin fog (softplus(-3) = 0.05 a voxel).
         density = F.softplus(x[:, :1]) * (self.volume_side / 2)

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import math
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,8 @@ class Settings:
     usage_weight: float = option(1.0, "stage 1", "parts that claim less than half of 1/P")
     window: int = option(0, "stage 1", "of larger pictures render a random window of this side; "
                          "0: whole pictures")
+    space: str = option("latent", "stage 2", "what is diffused: latent, or, for comparison, the "
+                        "decoder's whole output: volume")
     text: bool = option(False, "stage 2", "learn from the captions, to sample from a --prompt")
     t5: str = option("", "stage 2", "folder of a T5 in transformers' layout; empty: a small text "
                      "encoder is learned")
@@ -138,13 +141,20 @@ PRESETS = {
                  foreground_weight=1.0, unet_channels=64, unet_multipliers=(1, 2), unet_depth=1,
                  unet_attention=(4, 2), context_dim=64, steps_stage2=2000, batch_size=16,
                  lr_stage2=2e-3, ema_half_life=200.0, sample_steps=32),
+    # Two CPU cores, two minutes: for coursework, and for trying many settings.
+    "micro": dict(size=32, n_objects=64, n_views=16, channels=32, volume_side=16, latent_side=4,
+                  decoder_depth=1, decoder_attention=(), objects_per_step=4, n_samples=24,
+                  lr_stage1=8e-3, steps_stage1=1000, finer_at=(0.4,), perceptual_weight=1.0,
+                  foreground_weight=1.0, unet_channels=32, unet_multipliers=(1, 2), unet_depth=1,
+                  unet_attention=(4, 2), context_dim=64, steps_stage2=1000, batch_size=16,
+                  lr_stage2=2e-3, ema_half_life=200.0, sample_steps=32),
     # Clips without cameras, two CPU cores, 40 minutes.
     "tiny-video": dict(n_objects=16, n_views=48, embed_dim=64, channels=64, volume_side=32,
                        latent_side=4, decoder_depth=1, decoder_attention=(), norm="group", parts=6,
                        keypoints=27, objects_per_step=4, n_samples=20, lr_stage1=2e-3,
                        pose_width=16, lr_pose=2e-3, betas=(0.9, 0.99), clip=1.0,
-                       steps_stage1=4400, finer_at=(0.55, 1.0), window=16, growth=(0.38, 0.46),
-                       detail=(0.38, 0.46, 0.75, 0.85), split_at=0.55,
+                       steps_stage1=7000, finer_at=(0.35, 1.0), window=16, growth=(0.24, 0.29),
+                       detail=(0.24, 0.29, 0.55, 0.65), split_at=0.35,
                        unet_channels=64, unet_multipliers=(1, 2), unet_depth=1,
                        unet_attention=(4, 2), context_dim=64, steps_stage2=1000,
                        batch_size=16, lr_stage2=2e-3, ema_half_life=200.0, sample_steps=32),
@@ -163,7 +173,7 @@ PRESETS = {
                             foreground_weight=0.0, **PAPER_TEXT),
 }
 CHOICES = {"norm": ("batch", "group"), "hash_rule": ("spread", "paper"),
-           "normalization": ("robust", "meanstd", "none")}
+           "normalization": ("robust", "meanstd", "none"), "space": ("latent", "volume")}
 
 
 def parse(arguments=None):
@@ -177,6 +187,8 @@ def parse(arguments=None):
     add("--cameras", choices=["known", "learned"], help="learned: from nothing but the pictures "
         "(default: known, where the data has them)")
     add("--out", help="the run's folder (default: runs/PRESET-DATA)")
+    add("--decoder", metavar="RUN", help="with --stage 2: on the stage 1 of that run, which is "
+        "copied to --out")
     add("--steps", type=int, help="training steps of each stage that runs")
     add("--device", default="auto", help="cpu, cuda, ... (%(default)s)")
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
@@ -580,6 +592,7 @@ def start_stage2(s, run, device, resume):
     s = dataclasses.replace(s, **{f.name: first["settings"][f.name]
                                   for f in dataclasses.fields(Settings)
                                   if f.metadata["group"] in ("data", "decoder", "stage 1")})
+    decoder.settings = vars(s)
     if len(decoder.names) < 2:
         raise BadInput("stage 2 learns a distribution of objects; one object has none. Use "
                        "--stage 1 alone, or --data with more objects")
@@ -703,6 +716,16 @@ def first_sampling(s, dataset, run):
     return [run / "noise_to_object.png"] + paths
 
 
+def take_decoder(args):
+    """--decoder RUN: copies its stage1.pt to --out, so that stage 2 can be tried in many ways."""
+    if args.stage != 2:
+        raise BadInput("--decoder goes with --stage 2: it takes the place of stage 1")
+    sample.load_checkpoint(args.decoder, 1)
+    if Path(args.decoder).resolve() != args.out.resolve():
+        args.out.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(args.decoder) / "stage1.pt", args.out / "stage1.pt")
+
+
 # ---- Command line -------------------------------------------------------------------------------
 
 
@@ -710,6 +733,8 @@ def main(arguments=None):
     """Data, stage 1, stage 2, first samples: whichever --stage asks for."""
     args, s = parse(arguments)
     device = sample.choose_device(args.device)
+    if args.decoder:
+        take_decoder(args)
     torch.set_float32_matmul_precision("high")            # tensor cores, where there are any
     paths, began = [], time.time()
     dataset = None

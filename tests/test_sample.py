@@ -10,6 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data                                                           # noqa: E402
 import sample                                                         # noqa: E402
 import train                                                          # noqa: E402
 from autodecoder import AutoDecoder                                   # noqa: E402
@@ -27,8 +28,9 @@ def folder(tmp_path):
     """A run's folder as train.py leaves it: both checkpoints of a tiny, untrained run."""
     torch.manual_seed(0)
     model = sample.build_autodecoder(SETTINGS, len(NAMES))
-    torch.save(dict(stage=1, settings=SETTINGS, names=NAMES, source="synthetic", fingerprint="f",
-                    view=dict(distance=4.0, elevation=0.3), model=model.state_dict()),
+    torch.save(dict(stage=1, settings=SETTINGS, names=NAMES, captions=NAMES, source="synthetic",
+                    fingerprint="f", view=dict(distance=4.0, elevation=0.3),
+                    model=model.state_dict()),
                tmp_path / "stage1.pt")
     torch.save(dict(stage=2, settings=SETTINGS, decoder="f", m=torch.tensor(-3.0),
                     s=torch.tensor(2.0), vocabulary=[],
@@ -179,7 +181,8 @@ def test_direct_latents_have_the_covariance_that_they_promise(kind):
         model.linear.weight.copy_(torch.eye(8))
         model.linear.bias.zero_()
         model.embedding.weight.copy_(e)
-    run = SimpleNamespace(autodecoder=model, names=list("abcdefg"), device="cpu")
+    run = SimpleNamespace(autodecoder=model, names=list("abcdefg"), device="cpu",
+                          settings={"space": "latent"})
     draws = sample.direct_latents(run, 40_000, 3, kind).flatten(1)
     mean, covariance = torch.zeros(8), torch.eye(8)
     if kind == "fitted":
@@ -283,6 +286,19 @@ def test_shape_metrics_agree_with_brute_force():
     assert scores["nna"] == pytest.approx(nna)
 
 
+def test_nearest_clouds_are_those_of_all_pairs():
+    shapes = torch.rand(40, 1, 3, generator=torch.Generator().manual_seed(3)) + 0.2  # ellipsoids
+    a = torch.nn.functional.normalize(normal(40, 512, 3).float(), dim=-1) * shapes
+    full = sample.chamfer_distances(a[:25], a[25:])
+    near = sample.nearest_clouds(a[:25], a[25:])
+    assert torch.equal(near.argmin(1), full.argmin(1))
+    assert torch.equal(near.argmin(0), full.argmin(0))
+    assert torch.equal(near.amin(1), full.amin(1)) and near.isinf().sum() > 50
+    own = sample.nearest_clouds(a, a, same=True)
+    full = sample.chamfer_distances(a, a).fill_diagonal_(torch.inf)
+    assert torch.equal(own.argmin(1), full.argmin(1)) and own.diagonal().isinf().all()
+
+
 def test_a_set_covers_itself_at_no_distance_and_far_sets_are_told_apart():
     a = normal(5, 64, 3).float()
     scores = sample.shape_metrics(a, a)
@@ -373,3 +389,56 @@ def test_no_stream_repeats_the_numbers_that_embeddings_start_with():
         assert float((unit(drawn) @ unit(table).T).abs().max()) < 0.95
         assert torch.equal(drawn, torch.randn(5, 16, generator=sample.stream(0, name)))
         assert not torch.equal(drawn, torch.randn(5, 16, generator=sample.stream(1, name)))
+
+
+# ---- Text, and diffusion on volumes -------------------------------------------------------------
+
+
+def test_what_a_caption_asks_for_is_read_from_its_words():
+    ask = "an orange round table with blue legs and a shelf"
+    assert sample.asked_for(ask) == (["orange", "blue"], {"round", "table", "legs", "shelf"})
+    seen = [(["orange", "red"], {"table", "round", "pedestal"}), (["orange", "blue"], {"car"})]
+    assert sample.attribute_scores([ask, ask], seen) == [3 / 4, 2 / 8]
+
+
+def test_a_reader_learns_attributes_that_it_has_not_seen_together():
+    # Objects of two flat colours, left and right; the kind is the colour of the lower half.
+    rng, colours = np.random.default_rng(0), list(data.COLOURS)
+    picks = [rng.choice(8, 2, replace=False) for _ in range(256)]
+    kinds = rng.integers(5, size=256)
+    images = torch.zeros(256, 4, 16, 16, 3)
+    for picture, (a, b), kind in zip(images, picks, kinds):
+        picture[:, :8, :8], picture[:, :8, 8:] = (torch.tensor(data.COLOURS[colours[i]])
+                                                  for i in (a, b))
+        picture[:, 8:] = kind / 4
+    captions = [f"a {colours[a]} {sample.KINDS[k]} with {colours[b]} legs"
+                for (a, b), k in zip(picks, kinds)]
+    none = torch.zeros(0)
+    dataset = data.Dataset((images.flatten(0, 1) * 255).byte(), torch.full((1024, 16, 16), 255),
+                           none, none, torch.arange(256).repeat_interleave(4), none,
+                           [str(i) for i in range(256)], captions, "", [])
+    reader = sample.fit_reader(dataset, epochs=12)
+    seen = sample.read_attributes(reader, images.movedim(-1, 2))
+    assert min(sample.attribute_scores(captions, seen)) > 0.97
+    assert max(sample.attribute_scores(captions[1:] + captions[:1], seen)[:1]) < 0.3
+
+
+def test_diffused_volumes_are_the_decoders_own(folder):
+    run = sample.load_run(folder)
+    volumes = sample.decode(run, sample.training_latents(run))
+    run.settings = SETTINGS | {"space": "volume"}
+    raw = sample.training_latents(run)
+    assert raw.shape == (3, 4, 16, 16, 16) and sample.diffused_shape(run.settings) == (4, 16)
+    torch.testing.assert_close(sample.decode(run, raw), volumes)
+    assert sample.latent_noise(run, 2, 0).shape == (2, 4, 16, 16, 16)
+
+
+def test_flags_that_cannot_work_are_refused_before_anything_is_made(folder):
+    for flags, *words in [(["--evaluate", "--n", "8"], "8 samples x 10 views", "--n 25"),
+                          (["--evaluate", "--direct", "normal"], "--direct"),
+                          (["--prompt", "a red chair", "--identity", "0"], "--prompt"),
+                          (["--prompt", "a red chair"], "--text"),
+                          (["--interpolate", "1", "2", "--direct", "normal"], "--interpolate"),
+                          (["--drive", "0003"], "do not move"), (["--views", "x"], "--views")]:
+        refused(lambda: sample.main(["--run", str(folder), *flags]), *words)
+    assert sorted(p.name for p in folder.iterdir()) == ["stage1.pt", "stage2.pt"]

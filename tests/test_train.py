@@ -312,3 +312,38 @@ def test_learned_cameras_are_scored_up_to_one_rotation_and_one_scale_of_azimuth(
 
     assert seen(0.0)["rotation_error"] < 1 and seen(0.0)["azimuth_scale"] == pytest.approx(2, 0.02)
     assert 3 < seen(0.1)["rotation_error"] < 12
+
+
+def test_stage_2_on_the_stage_1_of_another_run_and_on_whole_volumes(tmp_path):
+    run("--stage", "1", "--steps", "2", out=tmp_path / "a")
+    run("--stage", "2", "--steps", "2", "--decoder", str(tmp_path / "a"), "--space", "volume",
+        out=tmp_path / "b")
+    trained = sample.load_run(tmp_path / "b")
+    noise = sample.latent_noise(trained, 2, 0)
+    volumes = sample.decode(trained, sample.sample_latents(trained, noise, 2))
+    assert volumes.shape == (2, 4, 16, 16, 16)
+    assert not (tmp_path / "a" / "stage2.pt").exists()
+    status, stderr = call("--decoder", tmp_path / "a", "--out", tmp_path / "c")
+    assert status == 2 and "--stage 2" in stderr and not (tmp_path / "c").exists()
+    sample.main(["--run", str(tmp_path / "b"), "--evaluate", "--n", "25", "--views", "10",
+                 "--steps", "2", "--voxel", str(tmp_path / "b")])
+    metrics = json.loads((tmp_path / "b" / "metrics.json").read_text())
+    for kind in ("", "_voxel", "_direct", "_direct_normal", "_train"):
+        assert all(np.isfinite(metrics[name + kind]) for name in ("fd", "kd", "memorization"))
+
+
+def test_words_from_captions_to_a_prompt(tmp_path, capsys):
+    run("--steps", "2", "--stage", "1", out=tmp_path)
+    run("--steps", "3", "--stage", "2", "--text", "--context-dim", "16", out=tmp_path)
+    trained = sample.load_run(tmp_path)
+    assert {"chair", "table", "with"} <= set(sample.load_checkpoint(tmp_path, 2)["vocabulary"])
+    noise = sample.latent_noise(trained, 1, 0)
+    red, blue, none, null = (
+        sample.sample_latents(trained, noise, 2, prompts=prompts, guidance=1) for prompts in
+        (["a red chair"], ["a blue table"], None, [""]))
+    assert not torch.equal(red, blue) and torch.equal(none, null)
+    sample.main(["--run", str(tmp_path), "--prompt", "a crimson chair", "--n", "1", "--steps", "1"])
+    assert "crimson" in capsys.readouterr().err
+    # The null prompt at any weight: given and free answer alike.
+    torch.testing.assert_close(null, sample.sample_latents(trained, noise, 2, prompts=[""],
+                                                           guidance=7.0), rtol=1e-4, atol=1e-4)
