@@ -515,21 +515,25 @@ def usage_loss(volume):
 # ---- Losses (Eq. 1 and 2) -----------------------------------------------------------------------
 
 VGG19_LAYERS = (64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M", 512, 512, 512, 512, "M", 512)
-VGG19_FILE = "vgg19-dcbb9e9d.pth"            # torchvision's ImageNet weights, by their public name
+VGG16_LAYERS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
+# Torchvision's ImageNet weights, by their public names.
+VGG19_FILE, VGG16_FILE = "vgg19-dcbb9e9d.pth", "vgg16-397923af.pth"
 
 
-class VGG19Features(nn.Module):
-    """VGG-19 up to relu5_1, read from a file of torchvision's layout ("features.0.weight", ...).
+class VGGFeatures(nn.Module):
+    """VGG up to stage 5, read from a file of torchvision's layout ("features.0.weight", ...).
 
-    (B, 3, H, W) in [0, 1] -> list of the maps after relu1_1, 2_1, 3_1, 4_1, 5_1. Maps that pooling
-    would shrink below one pixel are left out, so that small pictures work.
-    raises ValueError where the weights do not have VGG-19's names or shapes
+    (B, 3, H, W) in [0, 1] -> list of one map a stage: of VGG-19, for Eq. 1, after relu1_1, 2_1,
+    3_1, 4_1, 5_1; of VGG-16, for LPIPS, after the last: relu1_2, 2_2, 3_3, 4_3, 5_3. Maps that
+    pooling would shrink below one pixel are left out, so that small pictures work.
+    raises ValueError where the weights do not have VGG's names or shapes
     """
 
-    def __init__(self, weights):
+    def __init__(self, weights, layers=VGG19_LAYERS):
         super().__init__()
-        layers, c_in = [], 3
-        for width in VGG19_LAYERS:
+        self.first, plan, layers, c_in = layers is VGG19_LAYERS, layers, [], 3
+        which, file = ("VGG-19", VGG19_FILE) if self.first else ("VGG-16", VGG16_FILE)
+        for width in plan:
             layers += ([nn.MaxPool2d(2)] if width == "M" else
                        [nn.Conv2d(c_in, width, 3, padding=1), nn.ReLU()])
             c_in = c_in if width == "M" else width
@@ -537,24 +541,22 @@ class VGG19Features(nn.Module):
         own = self.state_dict()
         for name, value in own.items():
             if name not in weights or weights[name].shape != value.shape:
-                raise ValueError(f"not VGG-19 weights: {name} should be {tuple(value.shape)}; "
-                                 f"expected torchvision's {VGG19_FILE}")
+                raise ValueError(f"not {which} weights: {name} should be {tuple(value.shape)}; "
+                                 f"expected torchvision's {file}")
         self.load_state_dict({name: weights[name] for name in own})
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
 
     def forward(self, image):
-        x, maps, first_of_stage = (image - self.mean) / self.std, [], True
+        x, stages = (image - self.mean) / self.std, [[]]
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
                 if min(x.shape[-2:]) < 2:
                     break
-                first_of_stage = True
+                stages.append([])
             x = layer(x)
-            if isinstance(layer, nn.ReLU) and first_of_stage:
-                maps.append(x)
-                first_of_stage = False
-        return maps
+            stages[-1] += [x] if isinstance(layer, nn.ReLU) else []
+        return [maps[0 if self.first else -1] for maps in stages]
 
 
 class RandomFeatures(nn.Module):
@@ -611,7 +613,7 @@ def build_features(name, device):
                        f"weights are torchvision's {VGG19_FILE}")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-        return VGG19Features(weights).requires_grad_(False).to(device)
+        return VGGFeatures(weights).requires_grad_(False).to(device)
     except ValueError as error:
         raise BadInput(f"--perceptual {name}: {error}") from None
     except Exception as error:               # the unpickler of a damaged file raises anything

@@ -32,7 +32,7 @@ from torch import nn
 
 import data
 import render
-from autodecoder import AutoDecoder, PoseNet, RandomFeatures
+from autodecoder import VGG16_FILE, VGG16_LAYERS, AutoDecoder, PoseNet, RandomFeatures, VGGFeatures
 from data import BadInput
 from diffusion import TOKENS, Denoiser, T5Encoder, edm_sampler, guided, words
 from normalize import RobustNormalizer
@@ -366,6 +366,71 @@ def image_features(images, chunk=256):
                       for part in images.split(chunk)])
 
 
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"     # torch-fidelity's, by public name
+LPIPS_FILE = "vgg.pth"                       # the linear layers of lpips v0.1, by their public name
+
+
+def load_weights(flag, path, file):
+    """A file of weights, which may come from a stranger -> dict; BadInput where it is none."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:               # the unpickler of a damaged file raises anything
+        raise BadInput(f"{flag} {path}: not a file of weights ({type(error).__name__}); expected "
+                       f"{file}") from None
+
+
+def load_inception(path):
+    """The features of published FID and KID: pictures (n, 3, H, W) in [0, 1] -> (n, 2048).
+
+    Needs torch-fidelity, whose Inception gives the same numbers as the first one, of 2015.
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError:
+        raise BadInput("--inception needs torch-fidelity: pip install torch-fidelity") from None
+    # Its own loader would run what a file says: first make sure that there are only numbers in it.
+    load_weights("--inception", path, INCEPTION_FILE)
+    try:
+        network = FeatureExtractorInceptionV3("inception", ["2048"], str(path))
+    except RuntimeError:
+        raise BadInput(f"--inception {path}: not Inception's weights; expected "
+                       f"{INCEPTION_FILE}") from None
+    return lambda images: torch.cat([network((part * 255).round().byte())[0]
+                                     for part in images.split(64)])
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance of pictures (n, 3, H, W) in [0, 1] -> (n,); 0 where equal.
+
+    Zhang et al. 2018: sum over the stages of VGG-16 of the mean over pixels of w . (a - b)^2, a and
+    b the maps' vectors at unit length, w >= 0 learned from what people call alike.
+    """
+
+    def __init__(self, vgg16, linear):
+        super().__init__()
+        self.vgg = VGGFeatures(vgg16, VGG16_LAYERS).eval().requires_grad_(False)
+        names = [f"lin{i}.model.1.weight" for i in range(5)]
+        for name, width in zip(names, (64, 128, 256, 512, 512)):
+            if name not in linear or linear[name].shape != (1, width, 1, 1):
+                raise ValueError(f"not the layers of LPIPS: {name} should be (1, {width}, 1, 1); "
+                                 f"expected {LPIPS_FILE}")
+        self.weights = [linear[name] for name in names]
+
+    def forward(self, a, b):
+        pairs = zip(self.vgg(a), self.vgg(b), self.weights)
+        return sum((w * (F.normalize(x, eps=1e-10) - F.normalize(y, eps=1e-10))**2)
+                   .sum(1).mean((1, 2)) for x, y, w in pairs)
+
+
+def load_lpips(vgg16, linear):
+    """LPIPS from its two files."""
+    try:
+        return LPIPS(load_weights("--lpips", vgg16, VGG16_FILE),
+                     load_weights("--lpips", linear, LPIPS_FILE))
+    except ValueError as error:
+        raise BadInput(f"--lpips: {error}") from None
+
+
 def check_features(a, b):
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"features must be (n, d) and (m, d) with n, m >= 2, got "
@@ -427,12 +492,13 @@ def ssim(a, b):
 
 
 @torch.no_grad()
-def score_heldout(run, dataset, n_samples=96, chunk=8):
+def score_heldout(run, dataset, lpips=None, n_samples=96, chunk=8):
     """Means over all held-out views -> dict psnr_heldout, dB, and ssim_heldout; {} without any.
 
-    run: a namespace with autodecoder, posenet, device; PSNR is -10 log10(mean squared error)
+    run: a namespace with autodecoder, posenet, device; PSNR is -10 log10(mean squared error);
+    lpips: an LPIPS, for lpips_heldout
     """
-    size, psnr, similar = dataset.images.shape[1], [], []
+    size, found = dataset.images.shape[1], []
     if not dataset.heldout.any():
         return {}
     with evaluating(run):
@@ -443,16 +509,16 @@ def score_heldout(run, dataset, n_samples=96, chunk=8):
                                 extras=False)
             ours, true = out["rgb"][:, 0].cpu(), dataset.batch(frame, size)[0]
             error = (ours - true).square().flatten(1).mean(1).clamp(min=1e-10)
-            psnr.append(-10 * error.log10())
-            similar.append(ssim(ours, true))
-    return {"psnr_heldout": round(float(torch.cat(psnr).mean()), 3),
-            "ssim_heldout": round(float(torch.cat(similar).mean()), 4)}
+            found.append(torch.stack([-10 * error.log10(), ssim(ours, true)]
+                                     + ([lpips(ours, true)] if lpips else [])))
+    values = torch.cat(found, 1).mean(1).tolist()
+    return {f"{name}_heldout": round(x, 4) for name, x in zip(("psnr", "ssim", "lpips"), values)}
 
 
 @torch.no_grad()
-def rendered_features(run, volumes, dataset, views, seed=0):
+def rendered_features(run, volumes, dataset, views, seed=0, features=image_features):
     """Features of volumes (n, 4, D, H, W), each seen from `views` cameras drawn from the training
-    frames, at the data's size -> (n views, 240)."""
+    frames, at the data's size -> (n views, 240 or as many as features gives)."""
     generator, size = torch.Generator().manual_seed(seed), dataset.images.shape[1]
     train, found = torch.nonzero(~dataset.heldout)[:, 0], []
     for volume in volumes.split(8):
@@ -460,7 +526,7 @@ def rendered_features(run, volumes, dataset, views, seed=0):
         cameras = cameras_of(run, dataset, frames.flatten()).unflatten(0, frames.shape)
         out = render.render(volume, cameras, dataset.intrinsics[frames].to(run.device), size, 48,
                             extras=False)
-        found.append(image_features(out["rgb"].flatten(0, 1).cpu()))
+        found.append(features(out["rgb"].flatten(0, 1).cpu()))
     return torch.cat(found)
 
 
@@ -675,7 +741,8 @@ def score_text(run, n, steps, churn, guidance, seed):
 # ---- Scores: all of them ------------------------------------------------------------------------
 
 
-def evaluate(run, dataset, n, views, steps, churn, seed, shapes=True, voxel=None):
+def evaluate(run, dataset, n, views, steps, churn, seed, shapes=True, voxel=None,
+             features=image_features):
     """What is generated against the training data, and baselines against the same -> dict.
 
     fd, kd         Frechet and kernel distance of n samples x `views` renders to all training views
@@ -695,16 +762,16 @@ def evaluate(run, dataset, n, views, steps, churn, seed, shapes=True, voxel=None
                 "_direct": decode(run, direct_latents(run, n, seed, "fitted")),
                 "_direct_normal": decode(run, direct_latents(run, n, seed, "normal")),
                 "_train": trained[:n]}
-    true = image_features(dataset.batch(torch.nonzero(~dataset.heldout)[:, 0],
-                                        dataset.images.shape[1])[0])
+    true = features(dataset.batch(torch.nonzero(~dataset.heldout)[:, 0],
+                                  dataset.images.shape[1])[0])
     reference = clouds(dataset, trained) if shapes else None
     known, scores = looks(run, trained), {}
     for key, volumes in variants.items():
         if volumes is None:
             continue
-        features = rendered_features(run, volumes, dataset, views)
-        scores[f"fd{key}"] = round(frechet_distance(features, true), 5)
-        scores[f"kd{key}"] = round(kernel_distance(features, true), 7)
+        ours = rendered_features(run, volumes, dataset, views, features=features)
+        scores[f"fd{key}"] = round(frechet_distance(ours, true), 5)
+        scores[f"kd{key}"] = round(kernel_distance(ours, true), 7)
         apart = torch.cdist(looks(run, volumes), known)
         if key == "_train":
             apart.fill_diagonal_(torch.inf)
@@ -738,8 +805,10 @@ def print_scores(scores):
             print(f"{title:28}" + "".join(f"{scores.get(name + kind, math.nan):14.5g}"
                                           for name in names))
     for name, value in scores.items():
-        if name.startswith(("text", "psnr", "ssim")):
+        if name.startswith(("text", "psnr", "ssim", "lpips")):
             print(f"{name.replace('_', ' '):28}{value:14.5g}")
+    if scores.get("features") != "inception":
+        print("fd and kd are on a fixed random network: not comparable with published FID and KID")
 
 
 # ---- Figures ------------------------------------------------------------------------------------
@@ -1118,6 +1187,8 @@ def evaluate_run(run, args, steps, churn, guidance):
         raise BadInput(f"--evaluate: {args.n} samples x {args.views} views are too few for the "
                        f"covariance of {FEATURES} features: --n {max(2, FEATURES // 10 + 1)} "
                        "--views 10 is the least, --n 256 is usual")
+    lpips = load_lpips(*args.lpips) if args.lpips else None
+    features = load_inception(args.inception) if args.inception else image_features
     began, s = time.time(), run.settings
     dataset = load_dataset(s, run.source)
     if dataset.names != run.names:
@@ -1125,8 +1196,10 @@ def evaluate_run(run, args, steps, churn, guidance):
     voxel = load_run(args.voxel, run.device) if args.voxel else None
     if voxel and (voxel.settings["space"], voxel.names) != ("volume", run.names):
         raise BadInput(f"--voxel {args.voxel}: not a run of the same objects with --space volume")
-    scores = score_heldout(run, dataset)
-    scores |= evaluate(run, dataset, args.n, args.views, steps, churn, args.seed, voxel=voxel)
+    scores = score_heldout(run, dataset, lpips)
+    scores |= evaluate(run, dataset, args.n, args.views, steps, churn, args.seed, voxel=voxel,
+                       features=features)
+    scores["features"] = "inception" if args.inception else "random"
     if run.encode and run.source == "synthetic":
         scores |= score_text(run, min(args.n, 128), steps, churn, guidance, args.seed)
     add_metrics(args.run, s, seconds_evaluation=round(time.time() - began, 1), **scores)
@@ -1168,6 +1241,10 @@ def parse(arguments=None):
         " against the run's data: a table, and metrics.json")
     add("--views", type=int, default=10, help="renders of each sample for --evaluate (%(default)s)")
     add("--voxel", metavar="RUN", help="for --evaluate: another run, of --space volume, to compare")
+    add("--inception", metavar="FILE", help=f"for --evaluate: {INCEPTION_FILE}, for published FID "
+        "and KID (needs torch-fidelity)")
+    add("--lpips", nargs=2, metavar=("VGG16", "LINEAR"), help=f"for --evaluate: {VGG16_FILE} of "
+        f"torchvision and {LPIPS_FILE} of lpips v0.1")
     add("--mesh", action="store_true", help="also write coloured meshes, .ply (scikit-image)")
     add("--out", default="", help="folder for the results (default: RUN/samples)")
     add("--device", default="auto", help="cpu, cuda, ... (%(default)s)")

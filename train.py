@@ -88,6 +88,7 @@ class Settings:
                              "to end at --size, e.g. 0.3,0.6; empty: full size throughout")
     betas: tuple = option((0.5, 0.999), "stage 1", "of Adam")
     lr_pose: float = option(5e-4, "stage 1", "learning rate of the pose network")
+    lr_parts: float = option(1.0, "stage 1", "factor on it once one part has become many")
     clip: float = option(0.1, "stage 1", "largest gradient norm of either network, cameras learned")
     growth: tuple = option((0.03, 0.15), "stage 1", "shares of the run between which the learned "
                            "density replaces the ellipsoid")
@@ -152,7 +153,7 @@ PRESETS = {
     "tiny-video": dict(n_objects=16, n_views=48, embed_dim=64, channels=64, volume_side=32,
                        latent_side=4, decoder_depth=1, decoder_attention=(), norm="group", parts=6,
                        keypoints=27, objects_per_step=4, n_samples=20, lr_stage1=2e-3,
-                       pose_width=16, lr_pose=2e-3, betas=(0.9, 0.99), clip=1.0,
+                       pose_width=16, lr_pose=2e-3, lr_parts=0.3, betas=(0.9, 0.99), clip=1.0,
                        steps_stage1=7000, finer_at=(0.35, 1.0), window=16, growth=(0.24, 0.29),
                        detail=(0.24, 0.29, 0.55, 0.65), split_at=0.35,
                        unet_channels=64, unet_multipliers=(1, 2), unet_depth=1,
@@ -489,6 +490,9 @@ def follow_schedule(s, at):
     for i in range(last):
         at.autodecoder.detail[i - last] = ramp(share, *s.detail[2 * i:2 * i + 2])
     at.optimizer.param_groups[1]["lr"] *= begin / 8 <= share < begin or share >= end
+    # OURS: many parts can bend a body to look turned: what was learned of turning fades, unless
+    # poses now learn slowly.
+    at.optimizer.param_groups[1]["lr"] *= s.lr_parts if int(at.posenet.active) > 1 else 1
     # PAPER (the predecessor): one part first, then its weights are copied to all parts.
     if share >= s.split_at and int(at.posenet.active) < s.parts:
         at.posenet.split()

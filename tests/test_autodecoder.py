@@ -216,7 +216,7 @@ def vgg19_weights():
 def test_vgg19_gives_the_map_after_the_first_relu_of_each_stage():
     weights = vgg19_weights()
     image = torch.rand(1, 3, 36, 32, generator=torch.Generator().manual_seed(0))
-    maps = autodecoder.VGG19Features(weights)(image)
+    maps = autodecoder.VGGFeatures(weights)(image)
     assert [tuple(m.shape[1:]) for m in maps] == [
         (64, 36, 32), (128, 18, 16), (256, 9, 8), (512, 4, 4), (512, 2, 2)]
     x = image.sub(torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
@@ -228,14 +228,14 @@ def test_vgg19_gives_the_map_after_the_first_relu_of_each_stage():
             if i == stage[0]:
                 torch.testing.assert_close(expected, x)
         x = F.max_pool2d(x, 2)
-    small_maps = autodecoder.VGG19Features(weights)(image[..., :4, :4])
+    small_maps = autodecoder.VGGFeatures(weights)(image[..., :4, :4])
     assert [m.shape[-1] for m in small_maps] == [4, 2, 1]
 
     missing = {k: v for k, v in weights.items() if k != "features.28.weight"}
     misshapen = weights | {"features.5.weight": torch.zeros(128, 64, 1, 1)}
     for wrong, name in [(missing, "features.28.weight"), (misshapen, "features.5.weight")]:
         with pytest.raises(ValueError, match=f"{name}.*vgg19-dcbb9e9d"):
-            autodecoder.VGG19Features(wrong)
+            autodecoder.VGGFeatures(wrong)
 
 
 def test_random_features_are_the_same_from_run_to_run_and_see_structure():

@@ -442,3 +442,56 @@ def test_flags_that_cannot_work_are_refused_before_anything_is_made(folder):
                           (["--drive", "0003"], "do not move"), (["--views", "x"], "--views")]:
         refused(lambda: sample.main(["--run", str(folder), *flags]), *words)
     assert sorted(p.name for p in folder.iterdir()) == ["stage1.pt", "stage2.pt"]
+
+
+# ---- Weights that somebody else trained ---------------------------------------------------------
+
+
+def vgg16_weights():
+    """Random weights of torchvision's VGG-16 layout."""
+    weights, c_in, generator = {}, 3, torch.Generator().manual_seed(0)
+    for i, width in zip([0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28],
+                        [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6):
+        weight = torch.randn(width, c_in, 3, 3, generator=generator)
+        weights[f"features.{i}.weight"] = weight * (2 / (9 * c_in))**0.5
+        weights[f"features.{i}.bias"], c_in = torch.zeros(width), width
+    return weights
+
+
+def test_lpips_is_its_formula_and_says_which_file_is_wrong(tmp_path):
+    vgg, linear = vgg16_weights(), {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in
+                                    enumerate((64, 128, 256, 512, 512))}
+    for name, state in (("vgg16.pth", vgg), ("vgg.pth", linear)):
+        torch.save(state, tmp_path / name)
+    lpips = sample.load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")
+    a, b = (torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    assert lpips(a, a).tolist() == [0, 0] and lpips(a, b).min() > 0
+    maps, expected = [], 0
+    for x in (a, b):                         # the network, written out
+        x = x.sub(torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+        x, mine = x / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), []
+        for stage in ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)):
+            for i in stage:
+                x = torch.nn.functional.conv2d(x, vgg[f"features.{i}.weight"], padding=1).relu()
+            mine.append(x / x.square().sum(1, keepdim=True).sqrt())
+            x = torch.nn.functional.max_pool2d(x, 2)
+        maps.append(mine)
+    for i, (x, y) in enumerate(zip(*maps)):
+        expected = expected + (linear[f"lin{i}.model.1.weight"] * (x - y)**2).sum(1).mean((1, 2))
+    torch.testing.assert_close(lpips(a, b), expected)
+    refused(lambda: sample.load_lpips(tmp_path / "vgg.pth", tmp_path / "vgg.pth"), "vgg16-397923af")
+    refused(lambda: sample.load_lpips(tmp_path / "vgg16.pth", tmp_path / "no.pth"), "no.pth")
+    refused(lambda: sample.load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg16.pth"), "vgg.pth")
+
+
+def test_inception_without_torch_fidelity_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)   # as where it was never installed
+    refused(lambda: sample.load_inception(tmp_path / "w.pth"), "pip install torch-fidelity")
+
+
+def test_inception_reads_numbers_only(tmp_path, monkeypatch):
+    module = SimpleNamespace(FeatureExtractorInceptionV3=lambda *a: pytest.fail("it was trusted"))
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
+    torch.save(Path("code"), tmp_path / "w.pth")               # a pickled object, not numbers
+    refused(lambda: sample.load_inception(tmp_path / "w.pth"), "w.pth", "weights-inception")
