@@ -1053,6 +1053,7 @@ def score_cameras(run, dataset):
     rotation_error   degrees, median over all frames, after one rotation of the world for all and
                      one scale of all azimuths (under so long a lens both are anybody's guess)
     azimuth_scale    that scale: true over learned
+    mirrored         share of objects that turn the wrong way, their depth reversed
     """
     frames = torch.arange(len(dataset.heldout))
     R, true = cameras_of(run, dataset, frames)[:, 0, :3, :3].cpu(), dataset.cam2world[:, :3, :3]
@@ -1060,12 +1061,17 @@ def score_cameras(run, dataset):
     turn = U @ torch.diag(torch.tensor([1.0, 1, torch.det(U @ Vh)])) @ Vh     # Procrustes
     R = turn @ R
     a, b = (torch.atan2(x[:, 0, 2], x[:, 2, 2]) for x in (R, true))           # azimuths
-    scale = float((a * b).sum() / (a * a).sum())
+    # The scale of least absolute error, a weighted median: mirrored objects must not move it.
+    ratio, order = (b / a).sort()
+    weight = a[order].abs().cumsum(0)
+    scale = float(ratio[torch.searchsorted(weight, weight[-1] / 2)])
+    wrong = [correlation(a[f], b[f]) < 0 for f in map(dataset.frames_of, range(dataset.n_objects))]
     zero = torch.zeros_like(a)
     R = render.orbit((scale - 1) * a, zero, 1.0)[:, :3, :3] @ R
     cosine = (torch.einsum("nij,nij->n", R, true) - 1) / 2
     error = torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))
-    return {"rotation_error": middle(error.tolist()), "azimuth_scale": round(scale, 4)}
+    return {"rotation_error": middle(error.tolist()), "azimuth_scale": round(scale, 4),
+            "mirrored": sum(wrong) / len(wrong)}
 
 
 def correlation(a, b):

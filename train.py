@@ -153,8 +153,8 @@ PRESETS = {
     "tiny-video": dict(n_objects=16, n_views=48, embed_dim=64, channels=64, volume_side=32,
                        latent_side=4, decoder_depth=1, decoder_attention=(), norm="group", parts=6,
                        keypoints=27, objects_per_step=4, n_samples=20, lr_stage1=2e-3,
-                       pose_width=16, lr_pose=2e-3, lr_parts=0.3, betas=(0.9, 0.99), clip=1.0,
-                       steps_stage1=7000, finer_at=(0.35, 1.0), window=16, growth=(0.24, 0.29),
+                       pose_width=16, lr_pose=2e-3, lr_parts=0.5, betas=(0.9, 0.99), clip=1.0,
+                       steps_stage1=7000, finer_at=(0.35, 0.8), window=16, growth=(0.24, 0.29),
                        detail=(0.24, 0.29, 0.55, 0.65), split_at=0.35,
                        unet_channels=64, unet_multipliers=(1, 2), unet_depth=1,
                        unet_attention=(4, 2), context_dim=64, steps_stage2=1000,
@@ -571,7 +571,8 @@ def finish_stage1(s, at, dataset, run):
             f"{scores['ssim_heldout']:.3f} SSIM over {int(dataset.heldout.sum())}")
     if dataset.moving:
         mean = score_mean_frame(dataset)
-        sample.add_metrics(run, vars(s), psnr_mean_frame=round(mean, 3))
+        sample.add_metrics(run, vars(s), psnr_mean_frame=round(mean, 3), **(
+            {"psnr_one_part": scores["psnr_heldout"]} if s.parts == 1 else {}))
         line += f"; the clips' mean frames: {mean:.2f} dB"
     print(line)
     if dataset.truth or at.posenet is not None and not dataset.moving:

@@ -303,8 +303,9 @@ def test_learned_cameras_are_scored_up_to_one_rotation_and_one_scale_of_azimuth(
     tilt = render.orbit(torch.tensor(0.3), torch.tensor(0.2), 1.0)[:3, :3]
     a = torch.atan2(dataset.cam2world[:, 0, 2], dataset.cam2world[:, 2, 2])
 
-    def seen(noise):
-        cameras = render.orbit(a / 2, torch.full_like(a, 0.2618), 12.0)           # 15 degrees
+    def seen(noise, mirrored=()):
+        turn = torch.where(torch.isin(dataset.object_index, torch.tensor(mirrored)), -a, a)
+        cameras = render.orbit(turn / 2, torch.full_like(a, 0.2618), 12.0)           # 15 degrees
         wrong = render.orbit(noise * torch.arange(len(a)).cos(), 0 * a, 1.0)
         cameras[:, :3, :3] = tilt @ wrong[:, :3, :3] @ cameras[:, :3, :3]
         monkeypatch.setattr(sample, "cameras_of", lambda *_: cameras[:, None])
@@ -312,6 +313,8 @@ def test_learned_cameras_are_scored_up_to_one_rotation_and_one_scale_of_azimuth(
 
     assert seen(0.0)["rotation_error"] < 1 and seen(0.0)["azimuth_scale"] == pytest.approx(2, 0.02)
     assert 3 < seen(0.1)["rotation_error"] < 12
+    one = seen(0.0, mirrored=[1])
+    assert one["mirrored"] == pytest.approx(1 / 3) and one["azimuth_scale"] == pytest.approx(2, 0.1)
 
 
 def test_stage_2_on_the_stage_1_of_another_run_and_on_whole_volumes(tmp_path):
