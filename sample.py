@@ -204,9 +204,10 @@ def latents_of(run, embeddings, chunk=64):
 
 
 @torch.no_grad()
-def training_latents(run):
+def training_latents(run, chunk=64):
     """F = G1(e), or what is diffused instead, of every training object -> (N, C, D, H, W)."""
-    return latents_of(run, run.autodecoder.embed(torch.arange(len(run.names), device=run.device)))
+    k = torch.arange(len(run.names), device=run.device)
+    return latents_of(run, run.autodecoder.embed(k), chunk)
 
 
 def sample_latents(run, noise, steps=64, churn=0.0, seed=0, watch=None, chunk=64, prompts=None,

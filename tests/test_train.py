@@ -136,7 +136,7 @@ def test_presets_build_with_the_shapes_of_table_5(preset, capsys):
         print(f"\n{preset}: autodecoder {count(decoder) / 1e6:.1f} M parameters, "
               f"denoiser {count(denoiser) / 1e6:.1f} M")
     assert x.shape == latent.shape and volume.shape[2:] == (s["volume_side"],) * 3
-    assert volume.shape[-1] == 8 * latent.shape[-1] or preset == "paper-tables"
+    assert volume.shape[-1] == 8 * latent.shape[-1] or preset in ("paper-tables", "micro")
     if preset.startswith("paper"):
         assert latent.shape[1:] == (256, 8, 8, 8) and s["embed_dim"] == 1024
         side = {"paper-tables": 128}.get(preset, 64)
