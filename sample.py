@@ -557,7 +557,8 @@ def nearest_clouds(a, b, same=False, coarse=256, keep=8):
     not near; same: a is b, and nobody is his own neighbour.
 
     OURS: only nearest ones are asked for. Their first 256 points tell which come near, and of each
-    row and column the 8 nearest are then measured in full: 30 times as fast.
+    row and column the 8 nearest are then measured in full: 5 times as fast for 48 clouds against
+    112 (39 and 7 s), with the same neighbours.
     """
     near = chamfer_distances(a[:, :coarse], b[:, :coarse])
     if same:
