@@ -728,7 +728,11 @@ def take_decoder(args):
     sample.load_checkpoint(args.decoder, 1)
     if Path(args.decoder).resolve() != args.out.resolve():
         args.out.mkdir(parents=True, exist_ok=True)
-        shutil.copy(Path(args.decoder) / "stage1.pt", args.out / "stage1.pt")
+        path = args.out / "stage1.pt"
+        shutil.copy(Path(args.decoder) / "stage1.pt", path.with_suffix(".tmp"))
+        if path.exists():
+            os.replace(path, path.with_suffix(".old"))    # nothing is lost
+        os.replace(path.with_suffix(".tmp"), path)
 
 
 # ---- Command line -------------------------------------------------------------------------------
