@@ -7,10 +7,11 @@ decoder half and the embeddings are not used; with --direct they are all that is
 baseline, direct latent sampling: draw an embedding, decode it with the whole G).
 
 This file also holds what training shares with sampling: reading a checkpoint, rebuilding the
-models from it, drawing figures, and the Frechet distance.
+models from it, drawing figures, and all scores.
 
 Shapes: B objects, V views, n samples, C channels, H = W side of a picture.
-Simplified: Frechet distances use a fixed random network in place of Inception.
+Simplified: unless a file of Inception's weights is given, Frechet and kernel distances are on a
+fixed random network: good for comparing runs with one another, not with published numbers.
 Read next: train.py
 """
 import contextlib
