@@ -495,7 +495,8 @@ def ssim(a, b):
 
 @torch.no_grad()
 def score_heldout(run, dataset, lpips=None, n_samples=96, chunk=8):
-    """Means over all held-out views -> dict psnr_heldout, dB, and ssim_heldout; {} without any.
+    """Means over all held-out views -> dict psnr_heldout, dB, ssim_heldout and mask_heldout, what
+    Eq. 2 measures: mean |O - mask|; {} without any.
 
     run: a namespace with autodecoder, posenet, device; PSNR is -10 log10(mean squared error);
     lpips: an LPIPS, for lpips_heldout
@@ -509,12 +510,14 @@ def score_heldout(run, dataset, lpips=None, n_samples=96, chunk=8):
             out = render.render(volumes, cameras_of(run, dataset, frame)[:, None],
                                 dataset.intrinsics[frame, None].to(run.device), size, n_samples,
                                 extras=False)
-            ours, true = out["rgb"][:, 0].cpu(), dataset.batch(frame, size)[0]
+            ours, (true, mask) = out["rgb"][:, 0].cpu(), dataset.batch(frame, size)
             error = (ours - true).square().flatten(1).mean(1).clamp(min=1e-10)
-            found.append(torch.stack([-10 * error.log10(), ssim(ours, true)]
+            miss = (out["occupancy"][:, 0].cpu() - mask).abs().flatten(1).mean(1)
+            found.append(torch.stack([-10 * error.log10(), ssim(ours, true), miss]
                                      + ([lpips(ours, true)] if lpips else [])))
     values = torch.cat(found, 1).mean(1).tolist()
-    return {f"{name}_heldout": round(x, 4) for name, x in zip(("psnr", "ssim", "lpips"), values)}
+    return {f"{name}_heldout": round(x, 4)
+            for name, x in zip(("psnr", "ssim", "mask", "lpips"), values)}
 
 
 @torch.no_grad()
@@ -715,6 +718,7 @@ def score_text(run, n, steps, churn, guidance, seed):
     text_colour, text_parts  colours, and kinds and parts, that the reader sees as asked for
     ..._chance  the same for objects made of the other captions: what no reading would give
     ..._true    the same for true pictures of such objects: what the reader can give at most
+    text_diversity  median difference (see looks) of two objects made of the same caption
     """
     s, known = run.settings, set(run.captions)
     # The reader learns from objects of another seed: neither the run's nor those of the captions.
@@ -727,9 +731,13 @@ def score_text(run, n, steps, churn, guidance, seed):
     prompts = [unseen.captions[k] for k in pick]
     frames = torch.stack([unseen.frames_of(k) for k in pick])                 # (n, 4)
     true = read_attributes(reader, unseen.batch(frames, s["size"])[0])
-    volumes = decode(run, sample_latents(run, latent_noise(run, len(pick), seed + 2), steps, churn,
-                                         seed, prompts=prompts, guidance=guidance))
-    seen = []
+
+    def made(prompts, seed):
+        noise = latent_noise(run, len(prompts), seed)
+        return decode(run, sample_latents(run, noise, steps, churn, seed, prompts=prompts,
+                                          guidance=guidance))
+
+    volumes, again, seen = made(prompts, seed + 2), made(prompts[:32], seed + 3), []
     for part, v in zip(frames.split(8), volumes.split(8)):
         out = render.render(v, unseen.cam2world[part].to(v), unseen.intrinsics[part].to(v),
                             s["size"], 64, extras=False)
@@ -737,8 +745,10 @@ def score_text(run, n, steps, churn, guidance, seed):
     scores = {"": attribute_scores(prompts, seen), "_true": attribute_scores(prompts, true)}
     others = [attribute_scores(prompts[i:] + prompts[:i], seen) for i in range(1, len(prompts))]
     scores["_chance"] = torch.tensor(others).mean(0).tolist()
-    return {f"text_{name}{key}": round(values[i], 4) for key, values in scores.items()
-            for i, name in enumerate(("colour", "parts"))}
+    apart = (looks(run, volumes[:32]) - looks(run, again)).norm(dim=1).median()
+    return {"text_diversity": round(float(apart), 4)} | {
+        f"text_{name}{key}": round(values[i], 4) for key, values in scores.items()
+        for i, name in enumerate(("colour", "parts"))}
 
 
 # ---- Scores: all of them ------------------------------------------------------------------------
@@ -755,20 +765,21 @@ def evaluate(run, dataset, n, views, steps, churn, seed, shapes=True, voxel=None
     memorization   median distance (see looks) to the nearest training object
     The same with _voxel (of the run `voxel`, with --space volume), _direct (embeddings drawn from a
     fitted Gaussian), _direct_normal (from N(0, I)) and _train (training objects themselves: the
-    floor; their nearest other, for memorization).
+    floor; their nearest other, for memorization). And seconds_per_sample, of the first.
     """
     def made(one):
         return decode(one, sample_latents(one, latent_noise(one, n, seed + 1), steps, churn, seed))
 
-    trained = decode(run, training_latents(run))
-    variants = {"": made(run), "_voxel": made(voxel) if voxel else None,
+    trained, began = decode(run, training_latents(run)), time.time()
+    ours, seconds = made(run), (time.time() - began) / n
+    variants = {"": ours, "_voxel": made(voxel) if voxel else None,
                 "_direct": decode(run, direct_latents(run, n, seed, "fitted")),
                 "_direct_normal": decode(run, direct_latents(run, n, seed, "normal")),
                 "_train": trained[:n]}
     true = features(dataset.batch(torch.nonzero(~dataset.heldout)[:, 0],
                                   dataset.images.shape[1])[0])
     reference = clouds(dataset, trained) if shapes else None
-    known, scores = looks(run, trained), {}
+    known, scores = looks(run, trained), {"seconds_per_sample": round(seconds, 4)}
     for key, volumes in variants.items():
         if volumes is None:
             continue
@@ -808,7 +819,7 @@ def print_scores(scores):
             print(f"{title:28}" + "".join(f"{scores.get(name + kind, math.nan):14.5g}"
                                           for name in names))
     for name, value in scores.items():
-        if name.startswith(("text", "psnr", "ssim", "lpips")):
+        if name.startswith(("text", "psnr", "ssim", "mask", "lpips", "sec")):
             print(f"{name.replace('_', ' '):28}{value:14.5g}")
     if scores.get("features") != "inception":
         print("fd and kd are on a fixed random network: not comparable with published FID and KID")
@@ -1211,9 +1222,55 @@ def evaluate_run(run, args, steps, churn, guidance):
     scores["features"] = "inception" if args.inception else "random"
     if run.encode and run.source == "synthetic":
         scores |= score_text(run, min(args.n, 128), steps, churn, guidance, args.seed)
-    add_metrics(args.run, s, seconds_evaluation=round(time.time() - began, 1), **scores)
+    folder = Path(args.out or args.run)
+    folder.mkdir(parents=True, exist_ok=True)
+    s = s | {"sample_steps": steps, "churn": churn, "guidance": guidance}
+    add_metrics(folder, s, seconds_evaluation=round(time.time() - began, 1), **scores)
     print_scores(scores)
-    print(f"wrote {args.run}/metrics.json")
+    print(f"wrote {folder / 'metrics.json'}")
+
+
+COMPARED = ("psnr_heldout", "mask_heldout", "fd", "kd", "cov", "mmd", "nna", "memorization",
+            "text_colour", "text_parts", "text_diversity", "seconds_stage1", "seconds_stage2",
+            "seconds_per_sample")
+
+
+def compare_runs(folders, path):
+    """--compare: a row for each kind of run, medians (least to greatest) over its seeds; and its
+    Frechet distance over the time that a sample takes, as in the paper's Fig. 3."""
+    runs = []
+    for folder in folders:
+        try:
+            runs.append(json.loads((Path(folder) / "metrics.json").read_text()))
+            runs[-1]["settings"]["seed"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise BadInput(f"--compare {folder}: no metrics.json that training or --evaluate "
+                           "wrote") from None
+    differ = [name for name in runs[0]["settings"] if name != "seed"
+              and len({str(run["settings"].get(name)) for run in runs}) > 1]
+    kinds = {}
+    for run in runs:
+        title = ", ".join(f"{name} {run['settings'].get(name)}" for name in differ) or "all alike"
+        kinds.setdefault(title, []).append(run)
+    shown = [name for name in COMPARED if any(name in run for run in runs)]
+    width = max(map(len, kinds)) + 2
+    print(f"{'':{width}}runs" + "".join(f"{name:>26}" for name in shown))
+    figure, axis = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    for title, group in kinds.items():
+        line, middles = f"{title:{width}}{len(group):4}", {}
+        for name in shown:
+            values = sorted(run[name] for run in group if name in run)
+            middles[name] = values[len(values) // 2] if values else math.nan
+            cell = f"{middles[name]:.4g} ({values[0]:.4g}, {values[-1]:.4g})" if values else "-"
+            line += f"{cell:>26}"
+        print(line)
+        axis.plot(middles.get("seconds_per_sample", math.nan), middles.get("fd", math.nan), "o",
+                  label=title)
+    axis.set(xlabel="seconds per sample", ylabel="Frechet distance", yscale="log")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    print(f"wrote {path}")
 
 
 def choose_device(name):
@@ -1254,8 +1311,11 @@ def parse(arguments=None):
         "and KID (needs torch-fidelity)")
     add("--lpips", nargs=2, metavar=("VGG16", "LINEAR"), help=f"for --evaluate: {VGG16_FILE} of "
         f"torchvision and {LPIPS_FILE} of lpips v0.1")
+    add("--compare", nargs="+", metavar="RUN", help="scores of these runs side by side, seeds of one "
+        "kind put together, and compare.png in --out")
     add("--mesh", action="store_true", help="also write coloured meshes, .ply (scikit-image)")
-    add("--out", default="", help="folder for the results (default: RUN/samples)")
+    add("--out", default="", help="folder for the results (default: RUN/samples; of --evaluate RUN, "
+        "of --compare the current one)")
     add("--device", default="auto", help="cpu, cuda, ... (%(default)s)")
     args = parser.parse_args(arguments)
     if args.n < 1 or args.steps < 0:
@@ -1276,6 +1336,9 @@ def parse(arguments=None):
 def main(arguments=None):
     """Reads the flags, draws the objects, names what was written."""
     args = parse(arguments)
+    if args.compare:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        return compare_runs(args.compare, Path(args.out) / "compare.png")
     first_only = args.direct or args.identity is not None
     run = load_run(args.run, choose_device(args.device), (1,) if first_only else (1, 2))
     if args.prompt is not None:

@@ -100,6 +100,8 @@ class Settings:
     centre_weight: float = option(1.0, "stage 1", "mean 2D points against the default pose")
     distance_weight: float = option(0.5, "stage 1", "distance of parts against the default")
     usage_weight: float = option(1.0, "stage 1", "parts that claim less than half of 1/P")
+    camera_noise: float = option(0.0, "stage 1", "turn every training camera by so many degrees "
+                                 "(deviation), to see what wrong cameras cost")
     window: int = option(0, "stage 1", "of larger pictures render a random window of this side; "
                          "0: whole pictures")
     space: str = option("latent", "stage 2", "what is diffused: latent, or, for comparison, the "
@@ -119,6 +121,8 @@ class Settings:
     normalization: str = option("robust", "stage 2", "robust, meanstd or none")
     per_channel: bool = option(False, "stage 2", "one median and IQR per channel")
     latent_scale: float = option(1.0, "stage 2", "spread of latents after normalization")
+    extreme: int = option(0, "stage 2", "make so many of all latents' numbers +-1e4, to see what "
+                          "outliers cost")
     steps_stage2: int = option(500_000, "stage 2", "training steps")
     batch_size: int = option(64, "stage 2", "latents in a step")
     # AMBIGUOUS: Tab. 5 says 4.5e-5, the text 4.5e-4.
@@ -237,8 +241,8 @@ def check(s):
     if len(s.detail) % 2 or len(s.detail) > 2 * levels:
         raise BadInput(f"--detail: {len(s.detail)} numbers, but they are pairs of shares, at most "
                        f"one for each doubling from {s.latent_side}^3 to {s.volume_side}^3")
-    if s.parts < 0:
-        raise BadInput(f"--parts must be 1 or more, got {s.parts}")
+    if min(s.parts, s.extreme, s.camera_noise) < 0:
+        raise BadInput("--parts, --extreme and --camera-noise cannot be below 0")
     if s.size % 2 ** len(s.finer_at):
         raise BadInput(f"--size {s.size} cannot be halved {len(s.finer_at)} times (--finer-at)")
     try:
@@ -404,6 +408,19 @@ def score_mean_frame(dataset):
         error = dataset.batch(dataset.frames_of(k, heldout=True), size)[0] - mean
         psnr.append(-10 * error.square().flatten(1).mean(1).log10())
     return float(torch.cat(psnr).mean())
+
+
+def shake_cameras(dataset, degrees, seed):
+    """The same dataset, with every training camera turned about the object by N(0, degrees^2), each
+    about another axis."""
+    generator = sample.stream(seed, "camera noise")
+    axis = torch.randn(len(dataset.heldout), 3, generator=generator)
+    angle = torch.randn(len(axis), 1, generator=generator) * math.radians(degrees)
+    angle[dataset.heldout] = 0
+    turn = autodecoder.cayley(axis / axis.norm(dim=1, keepdim=True) * (angle / 2).tan())
+    cameras = dataset.cam2world.clone()
+    cameras[:, :3] = turn @ cameras[:, :3]
+    return dataclasses.replace(dataset, cam2world=cameras)
 
 
 def turntable_view(dataset):
@@ -594,14 +611,14 @@ def start_stage2(s, run, device, resume):
     """
     first = sample.load_checkpoint(run, 1)
     decoder = sample.load_run(run, device, stages=(1,))
-    s = dataclasses.replace(s, **{f.name: first["settings"][f.name]
+    s = dataclasses.replace(s, **{f.name: first["settings"].get(f.name, f.default)
                                   for f in dataclasses.fields(Settings)
                                   if f.metadata["group"] in ("data", "decoder", "stage 1")})
     decoder.settings = vars(s)
     if len(decoder.names) < 2:
         raise BadInput("stage 2 learns a distribution of objects; one object has none. Use "
                        "--stage 1 alone, or --data with more objects")
-    latents = sample.training_latents(decoder)                               # (N, C, d, d, d)
+    latents = make_extreme(sample.training_latents(decoder), s.extreme)      # (N, C, d, d, d)
     normalizer = sample.build_normalizer(vars(s)).fit(latents)
     sample.save_latent_histogram(run / "latents.png", latents)
     encode, width, vocabulary, captions = read_text(s, first["captions"], run, device)
@@ -630,6 +647,14 @@ def start_stage2(s, run, device, resume):
     elif path.exists():
         os.replace(path, path.with_suffix(".old"))
     return s, at
+
+
+def make_extreme(latents, n):
+    """The same with n of their numbers +-1e4, as the paper met them (Fig. 9), at random places."""
+    latents = latents.clone(memory_format=torch.contiguous_format)
+    place = torch.randperm(latents.numel(), generator=torch.Generator().manual_seed(0))[:n]
+    latents.flatten()[place] = 1e4 * (-1.0) ** place.to(latents)
+    return latents
 
 
 def read_text(s, captions, run, device):
@@ -758,7 +783,8 @@ def main(arguments=None):
         except OSError as error:
             raise BadInput(f"--out {args.out} cannot be made: {error.strerror}") from None
         s = fit_to_data(s, args.cameras, dataset, args.data)
-        train_stage1(s, dataset, args.out, device, args.data, args.resume)
+        shaken = shake_cameras(dataset, s.camera_noise, s.seed) if s.camera_noise else dataset
+        train_stage1(s, shaken, args.out, device, args.data, args.resume)
         sample.add_metrics(args.out, vars(s), seconds_data=round(seconds, 1))
         paths += [args.out / name for name in ("training.png", "orbit.png", "loss.png")]
     if args.stage != 1 and not (args.stage is None and dataset.n_objects < 2):

@@ -1,5 +1,6 @@
 """sample.py: Frechet distances in closed form, checkpoints of strangers, meshes, fair baselines."""
 import dataclasses
+import json
 import math
 import sys
 from pathlib import Path
@@ -495,3 +496,21 @@ def test_inception_reads_numbers_only(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
     torch.save(Path("code"), tmp_path / "w.pth")               # a pickled object, not numbers
     refused(lambda: sample.load_inception(tmp_path / "w.pth"), "w.pth", "weights-inception")
+
+
+# ---- Runs side by side --------------------------------------------------------------------------
+
+
+def test_compared_runs_are_grouped_by_what_differs_and_summed_up_over_seeds(tmp_path, capsys):
+    for i, (depth, seed, fd) in enumerate([(1, 0, 3.0), (1, 1, 1.0), (1, 2, 2.0), (4, 0, 0.5)]):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "metrics.json").write_text(json.dumps({
+            "fd": fd, "seconds_per_sample": 0.1,
+            "settings": {"seed": seed, "decoder_depth": depth, "size": 64}}))
+    sample.main(["--compare", *(str(tmp_path / str(i)) for i in range(4)), "--out", str(tmp_path)])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["runs", "fd", "seconds_per_sample"]
+    assert rows[1][:6] == ["decoder_depth", "1", "3", "2", "(1,", "3)"]
+    assert rows[2][:6] == ["decoder_depth", "4", "1", "0.5", "(0.5,", "0.5)"]
+    assert (tmp_path / "compare.png").stat().st_size > 1000
+    refused(lambda: sample.main(["--compare", str(tmp_path)]), "metrics.json", str(tmp_path))

@@ -330,9 +330,39 @@ def test_stage_2_on_the_stage_1_of_another_run_and_on_whole_volumes(tmp_path):
     assert status == 2 and "--stage 2" in stderr and not (tmp_path / "c").exists()
     sample.main(["--run", str(tmp_path / "b"), "--evaluate", "--n", "25", "--views", "10",
                  "--steps", "2", "--voxel", str(tmp_path / "b")])
+    sample.main(["--run", str(tmp_path / "b"), "--evaluate", "--n", "25", "--steps", "1", "--out",
+                 str(tmp_path / "d")])
+    metrics = json.loads((tmp_path / "d" / "metrics.json").read_text())
+    assert metrics["settings"]["sample_steps"] == 1 and np.isfinite(metrics["fd"])
     metrics = json.loads((tmp_path / "b" / "metrics.json").read_text())
+    assert metrics["settings"]["sample_steps"] == 2
     for kind in ("", "_voxel", "_direct", "_direct_normal", "_train"):
         assert all(np.isfinite(metrics[name + kind]) for name in ("fd", "kd", "memorization"))
+
+
+def test_shaken_cameras_turn_about_the_object_by_the_angle_asked_for_and_heldout_ones_stay():
+    dataset = data.load("synthetic", 16, 6, 0, 20, 24)
+    shaken, was = train.shake_cameras(dataset, 5.0, 0).cam2world, dataset.cam2world
+    kept = dataset.heldout
+    assert torch.equal(shaken[kept], was[kept])
+    torch.testing.assert_close(shaken[:, :3, 3].norm(dim=1), was[:, :3, 3].norm(dim=1))
+    turn = shaken[~kept, :3, :3] @ was[~kept, :3, :3].mT                  # R, and X = R X
+    torch.testing.assert_close(turn @ was[~kept, :3, 3:], shaken[~kept, :3, 3:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(turn @ turn.mT, torch.eye(3).expand_as(turn), rtol=0, atol=1e-5)
+    cosine = (turn.diagonal(dim1=1, dim2=2).sum(1) - 1) / 2
+    angle = torch.rad2deg(cosine.clamp(-1, 1).acos())
+    assert angle.square().mean().sqrt() == pytest.approx(5, rel=0.1)      # 400 cameras: +-0.18
+
+
+def test_as_many_numbers_become_extreme_as_asked_for_and_robust_normalization_does_not_see_them():
+    latents = torch.randn(50, 8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    extreme = train.make_extreme(latents, 10)
+    changed = extreme != latents
+    assert changed.sum() == 10 and (extreme[changed].abs() == 1e4).all()
+    spread = {mode: sample.build_normalizer({"normalization": mode, "per_channel": False,
+                                             "latent_scale": 1.0}).fit(extreme).s
+              for mode in ("robust", "meanstd")}
+    assert float(spread["robust"]) == pytest.approx(1, abs=0.02) and float(spread["meanstd"]) > 100
 
 
 def test_words_from_captions_to_a_prompt(tmp_path, capsys):
