@@ -754,7 +754,7 @@ def score_text(run, n, steps, churn, guidance, seed):
 # ---- Scores: all of them ------------------------------------------------------------------------
 
 
-def evaluate(run, dataset, n, views, steps, churn, seed, shapes=True, voxel=None,
+def evaluate(run, dataset, n, views, steps, churn, seed, shapes=True, baselines=True, voxel=None,
              features=image_features):
     """What is generated against the training data, and baselines against the same -> dict.
 
@@ -772,17 +772,16 @@ def evaluate(run, dataset, n, views, steps, churn, seed, shapes=True, voxel=None
 
     trained, began = decode(run, training_latents(run)), time.time()
     ours, seconds = made(run), (time.time() - began) / n
-    variants = {"": ours, "_voxel": made(voxel) if voxel else None,
-                "_direct": decode(run, direct_latents(run, n, seed, "fitted")),
-                "_direct_normal": decode(run, direct_latents(run, n, seed, "normal")),
-                "_train": trained[:n]}
+    variants = {"": ours} | ({"_voxel": made(voxel)} if voxel else {})
+    if baselines:
+        variants |= {"_direct": decode(run, direct_latents(run, n, seed, "fitted")),
+                     "_direct_normal": decode(run, direct_latents(run, n, seed, "normal")),
+                     "_train": trained[:n]}
     true = features(dataset.batch(torch.nonzero(~dataset.heldout)[:, 0],
                                   dataset.images.shape[1])[0])
     reference = clouds(dataset, trained) if shapes else None
     known, scores = looks(run, trained), {"seconds_per_sample": round(seconds, 4)}
     for key, volumes in variants.items():
-        if volumes is None:
-            continue
         ours = rendered_features(run, volumes, dataset, views, features=features)
         scores[f"fd{key}"] = round(frechet_distance(ours, true), 5)
         scores[f"kd{key}"] = round(kernel_distance(ours, true), 7)
@@ -1217,8 +1216,8 @@ def evaluate_run(run, args, steps, churn, guidance):
     if voxel and (voxel.settings["space"], voxel.names) != ("volume", run.names):
         raise BadInput(f"--voxel {args.voxel}: not a run of the same objects with --space volume")
     scores = score_heldout(run, dataset, lpips)
-    scores |= evaluate(run, dataset, args.n, args.views, steps, churn, args.seed, voxel=voxel,
-                       features=features)
+    scores |= evaluate(run, dataset, args.n, args.views, steps, churn, args.seed,
+                       baselines=args.baselines, voxel=voxel, features=features)
     scores["features"] = "inception" if args.inception else "random"
     if run.encode and run.source == "synthetic":
         scores |= score_text(run, min(args.n, 128), steps, churn, guidance, args.seed)
@@ -1306,16 +1305,18 @@ def parse(arguments=None):
     add("--evaluate", action="store_true", help="score --n samples (256 are usual) and baselines"
         " against the run's data: a table, and metrics.json")
     add("--views", type=int, default=10, help="renders of each sample for --evaluate (%(default)s)")
+    add("--baselines", action=data.argparse.BooleanOptionalAction, default=True, help="for "
+        "--evaluate: score direct sampling and the training objects, too")
     add("--voxel", metavar="RUN", help="for --evaluate: another run, of --space volume, to compare")
     add("--inception", metavar="FILE", help=f"for --evaluate: {INCEPTION_FILE}, for published FID "
         "and KID (needs torch-fidelity)")
     add("--lpips", nargs=2, metavar=("VGG16", "LINEAR"), help=f"for --evaluate: {VGG16_FILE} of "
         f"torchvision and {LPIPS_FILE} of lpips v0.1")
-    add("--compare", nargs="+", metavar="RUN", help="scores of these runs side by side, seeds of one "
-        "kind put together, and compare.png in --out")
+    add("--compare", nargs="+", metavar="RUN", help="scores of these runs side by side, seeds of "
+        "one kind put together, and compare.png in --out")
     add("--mesh", action="store_true", help="also write coloured meshes, .ply (scikit-image)")
-    add("--out", default="", help="folder for the results (default: RUN/samples; of --evaluate RUN, "
-        "of --compare the current one)")
+    add("--out", default="", help="folder for the results (default: RUN/samples; of --evaluate "
+        "RUN, of --compare the current one)")
     add("--device", default="auto", help="cpu, cuda, ... (%(default)s)")
     args = parser.parse_args(arguments)
     if args.n < 1 or args.steps < 0:
