@@ -677,7 +677,9 @@ def fit_reader(dataset, epochs=12, seed=0):
                             for found, _ in asked])                           # (N, 2), -100: none
     kind = torch.tensor([[k in parts for k in KINDS] for _, parts in asked]).int().argmax(1)
     details = torch.tensor([[d in parts for d in DETAILS] for _, parts in asked]).float()
-    optimizer, batch = torch.optim.Adam(reader.parameters(), 2e-3), 32
+    # Most chairs have no armrests: what is rare counts for more, or it is seen too seldom.
+    rare = (1 / details.mean(0) - 1).clamp(0.1, 10)
+    optimizer, batch = torch.optim.Adam(reader.parameters()), 32
     steps = epochs * (dataset.n_objects // batch)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
     views = dataset.object_index.bincount()[0]
@@ -687,15 +689,30 @@ def fit_reader(dataset, epochs=12, seed=0):
         images = dataset.batch(frames, size)[0]
         if step % 2:                         # decoded volumes are blurred: half of the time, so
             images = F.avg_pool3d(images, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
+        if step % 4 > 1:                     # a caption is true of the mirror image, too
+            images = images.flip(-1)
         first, second, what, which = reader(images)
         loss = (F.cross_entropy(first, colours[k, 0]) + F.cross_entropy(second, colours[k, 1])
-                + F.cross_entropy(what, kind[k])
-                + F.binary_cross_entropy_with_logits(which, details[k]) * len(DETAILS))
+                + F.cross_entropy(what, kind[k]) + len(DETAILS)
+                * F.binary_cross_entropy_with_logits(which, details[k], pos_weight=rare))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
     return reader.eval().requires_grad_(False)
+
+
+def reader_of(folder, s):
+    """The reader for a run of settings s (a dict): learned once, minutes, then FOLDER/reader.pt."""
+    path = Path(folder) / "reader.pt"
+    if path.exists():
+        state = load_weights("--run", path, "what --evaluate wrote: delete it")
+        return restore(AttributeReader, state, path).eval().requires_grad_(False)
+    # Of objects of another seed: neither the run's own nor those whose captions it is asked for.
+    reader = fit_reader(data.load("synthetic", s["size"], 0, s["seed"] + 1, 2000, 6))
+    torch.save(reader.state_dict(), path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+    return reader
 
 
 def attribute_scores(prompts, seen):
@@ -710,7 +727,7 @@ def attribute_scores(prompts, seen):
 
 
 @torch.no_grad()
-def score_text(run, n, steps, churn, guidance, seed):
+def score_text(run, reader, n, steps, churn, guidance, seed):
     """How often what a caption asks for is seen in what is made of it -> dict of shares.
 
     The captions are of n synthetic objects beyond those that the run was trained on, and as a whole
@@ -721,15 +738,11 @@ def score_text(run, n, steps, churn, guidance, seed):
     text_diversity  median difference (see looks) of two objects made of the same caption
     """
     s, known = run.settings, set(run.captions)
-    # The reader learns from objects of another seed: neither the run's nor those of the captions.
-    with torch.enable_grad():
-        teach = data.load("synthetic", s["size"], 0, s["seed"] + 1, 2000, 6)
-        reader = fit_reader(teach)
-    unseen = data.load("synthetic", s["size"], 0, s["seed"], s["n_objects"] + 2 * n, 4)
+    unseen = data.load("synthetic", s["size"], 0, s["seed"], s["n_objects"] + 2 * n, 8)
     pick = [k for k in range(s["n_objects"], unseen.n_objects)
             if unseen.captions[k] not in known][:n]
     prompts = [unseen.captions[k] for k in pick]
-    frames = torch.stack([unseen.frames_of(k) for k in pick])                 # (n, 4)
+    frames = torch.stack([unseen.frames_of(k) for k in pick])                 # (n, 8)
     true = read_attributes(reader, unseen.batch(frames, s["size"])[0])
 
     def made(prompts, seed):
@@ -1220,7 +1233,8 @@ def evaluate_run(run, args, steps, churn, guidance):
                        baselines=args.baselines, voxel=voxel, features=features)
     scores["features"] = "inception" if args.inception else "random"
     if run.encode and run.source == "synthetic":
-        scores |= score_text(run, min(args.n, 128), steps, churn, guidance, args.seed)
+        scores |= score_text(run, reader_of(args.run, s), min(args.n, 128), steps, churn, guidance,
+                             args.seed)
     folder = Path(args.out or args.run)
     folder.mkdir(parents=True, exist_ok=True)
     s = s | {"sample_steps": steps, "churn": churn, "guidance": guidance}

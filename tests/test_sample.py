@@ -403,15 +403,14 @@ def test_what_a_caption_asks_for_is_read_from_its_words():
 
 
 def test_a_reader_learns_attributes_that_it_has_not_seen_together():
-    # Objects of two flat colours, left and right; the kind is the colour of the lower half.
+    # Objects of two flat colours, above and below; the kind is the shade of the rest.
     rng, colours = np.random.default_rng(0), list(data.COLOURS)
     picks = [rng.choice(8, 2, replace=False) for _ in range(256)]
     kinds = rng.integers(5, size=256)
     images = torch.zeros(256, 4, 16, 16, 3)
     for picture, (a, b), kind in zip(images, picks, kinds):
-        picture[:, :8, :8], picture[:, :8, 8:] = (torch.tensor(data.COLOURS[colours[i]])
-                                                  for i in (a, b))
-        picture[:, 8:] = kind / 4
+        picture[:, :5], picture[:, 5:10] = (torch.tensor(data.COLOURS[colours[i]]) for i in (a, b))
+        picture[:, 10:] = kind / 4
     captions = [f"a {colours[a]} {sample.KINDS[k]} with {colours[b]} legs"
                 for (a, b), k in zip(picks, kinds)]
     none = torch.zeros(0)
