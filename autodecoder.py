@@ -162,14 +162,14 @@ def spread_points(n, half_axes, rounds=20):
     return centres
 
 
-def volume_prior(side, parts, half_axes, skin_layout):
+def volume_prior(side, parts, half_axes, skin_layout, reach=()):
     """What the decoder's last layer is added to: (1, 4 + P, side, side, side), 4 for P < 2.
 
     Density before its softplus: -3, thin fog; where poses are learned (parts > 0), an opaque
     ellipsoid of these half axes, if there are any. OURS: what is seen then lies in front from the
     start, and that decides the sign of yaw, which nothing else does under so long a lens.
-    Skinning logits of part p: -8 |x - c_p|^2, the c_p spread over the ellipsoid (OURS: without this
-    layout parts blur); 0 without skin_layout.
+    Skinning logits of part p: -8 |x - c_p|^2, the c_p spread over the ellipsoid, or over another of
+    half axes `reach` (OURS: without this layout parts blur); 0 without skin_layout.
     """
     at = (torch.arange(side) + 0.5) * 2 / side - 1
     xyz = torch.stack(torch.meshgrid(at, at, at, indexing="ij")[::-1], -1)      # (D, H, W, 3)
@@ -179,7 +179,7 @@ def volume_prior(side, parts, half_axes, skin_layout):
         # One unit of logit for a tenth of the radius; not below -5: limbs must be able to grow.
         prior[0] = (10 - 10 * (xyz / torch.tensor(half_axes)).norm(dim=-1)).clamp(-5, 3)
     if parts > 1 and skin_layout:
-        centres = spread_points(parts, half_axes or (0.5, 0.8, 0.5))
+        centres = spread_points(parts, reach or half_axes or (0.5, 0.8, 0.5))
         prior[4:] = -8 * (xyz - centres[:, None, None, None]).square().sum(-1)
     return prior[None]
 
@@ -197,12 +197,12 @@ class AutoDecoder(nn.Module):
     parts        0: a rigid object seen by known cameras; P: rigid parts whose poses are learned,
                  and for P > 1 as many skinning channels after the colours (logits)
     half_axes    of the ellipsoid that a moving subject starts as; empty: it starts as fog
-    skin_layout  parts start spread over it, not all alike
+    skin_layout  parts start spread over it, or over one of half axes `reach`, not all alike
     """
 
     def __init__(self, n_objects, embed_dim=1024, channels=512, start_side=4, volume_side=64,
                  latent_side=8, depth=4, attention=(8, 16), norm="batch", codebooks=0, rows=256,
-                 hash_rule="spread", parts=0, half_axes=(), skin_layout=True):
+                 hash_rule="spread", parts=0, half_axes=(), skin_layout=True, reach=()):
         super().__init__()
         self.sides = [start_side << i for i in range(int(math.log2(volume_side // start_side)) + 1)]
         if self.sides[-1] != volume_side or latent_side not in self.sides:
@@ -222,7 +222,8 @@ class AutoDecoder(nn.Module):
             self.levels.append(nn.Sequential(*blocks))
         self.head = nn.Sequential(batch_or_group_norm(norm, widths[-1]),
                                   Pointwise(widths[-1], 4 + (parts if parts > 1 else 0)))
-        self.register_buffer("prior", volume_prior(volume_side, parts, half_axes, skin_layout))
+        self.register_buffer("prior", volume_prior(volume_side, parts, half_axes, skin_layout,
+                                                     reach))
         self.register_buffer("growth", torch.tensor(1.0))  # share of the learned density in use
         self.register_buffer("detail", torch.ones(len(self.levels), device="cpu"))  # of each level
         # Voxels are stored channels-last: convolutions are 1.2 x faster on CPUs.

@@ -83,7 +83,7 @@ def build_autodecoder(s, n_objects):
         n_objects, s["embed_dim"], s["channels"], s["start_side"], s["volume_side"],
         s["latent_side"], s["decoder_depth"], tuple(s["decoder_attention"]), s["norm"],
         s["codebooks"], s["rows"], s["hash_rule"], s["parts"], s["body"] if s["ellipsoid"] else (),
-        s["skin_layout"])
+        s["skin_layout"], s["reach"])
 
 
 def build_posenet(s):

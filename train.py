@@ -75,6 +75,7 @@ class Settings:
                          "as; empty: from the masks")
     ellipsoid: bool = option(True, "decoder", "start from it, not from fog")
     skin_layout: bool = option(True, "decoder", "parts start spread over it, not all alike")
+    reach: tuple = option((), "decoder", "half axes of what they spread over; empty: the ellipsoid")
     steps_stage1: int = option(500_000, "stage 1", "training steps")
     objects_per_step: int = option(16, "stage 1", "objects in a step")
     views_per_step: int = option(4, "stage 1", "views of each object in a step")

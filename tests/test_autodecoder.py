@@ -467,6 +467,17 @@ def test_a_moving_subject_starts_as_an_opaque_ellipsoid_with_parts_spread_over_i
     assert ((centres / torch.tensor([0.3, 0.8, 0.3])).norm(dim=1) < 1).all()
 
 
+def test_parts_spread_as_far_as_they_are_told_to_reach_without_the_ellipsoid_growing():
+    wide, slim = (autodecoder.volume_prior(16, 4, (0.2, 0.8, 0.2), True, reach)[0]
+                  for reach in ((0.9, 0.3, 0.1), ()))
+    assert torch.equal(wide[0], slim[0])
+    hands = wide[4:, 8, 8, [1, 14]].argmax(0)                    # the parts of two voxels far apart
+    assert hands[0] != hands[1]
+    at = (torch.arange(16) + 0.5) / 8 - 1
+    centre = (wide[4:].softmax(1).flatten(1).argmax(1) % 16)     # not all at one x
+    assert at[centre].max() - at[centre].min() > 0.5
+
+
 def test_a_level_that_has_not_come_in_smooths_and_at_full_share_is_itself():
     model = AutoDecoder(1, 8, 16, volume_side=16, latent_side=4, depth=1, attention=(),
                         norm="group", parts=1, half_axes=(0.5, 0.5, 0.5))
