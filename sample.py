@@ -1263,24 +1263,25 @@ def compare_runs(folders, path):
               and len({str(run["settings"].get(name)) for run in runs}) > 1]
     kinds = {}
     for run in runs:
-        title = ", ".join(f"{name} {run['settings'].get(name)}" for name in differ) or "all alike"
-        kinds.setdefault(title, []).append(run)
+        title = ", ".join(f"{name} {str(run['settings'].get(name))[:20]}" for name in differ)
+        kinds.setdefault(title or "all alike", []).append(run)
     shown = [name for name in COMPARED if any(name in run for run in runs)]
-    width = max(map(len, kinds)) + 2
-    print(f"{'':{width}}runs" + "".join(f"{name:>26}" for name in shown))
-    figure, axis = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    table = [["", "runs"] + shown]
+    figure, axis = plt.subplots(figsize=(8, 5), constrained_layout=True)
     for title, group in kinds.items():
-        line, middles = f"{title:{width}}{len(group):4}", {}
+        table.append([title, str(len(group))])
+        middles = dict.fromkeys(("fd", "seconds_per_sample"), math.nan)
         for name in shown:
             values = sorted(run[name] for run in group if name in run)
             middles[name] = values[len(values) // 2] if values else math.nan
-            cell = f"{middles[name]:.4g} ({values[0]:.4g}, {values[-1]:.4g})" if values else "-"
-            line += f"{cell:>26}"
-        print(line)
-        axis.plot(middles.get("seconds_per_sample", math.nan), middles.get("fd", math.nan), "o",
-                  label=title)
+            table[-1].append(f"{middles[name]:.4g} ({values[0]:.4g}, {values[-1]:.4g})"
+                             if values else "-")
+        axis.plot(middles["seconds_per_sample"], middles["fd"], "o", label=title)
+    widths = [max(map(len, column)) + 2 for column in zip(*table)]
+    for row in table:
+        print(row[0].ljust(widths[0]) + "".join(map(str.rjust, row[1:], widths[1:])))
     axis.set(xlabel="seconds per sample", ylabel="Frechet distance", yscale="log")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=7)
     figure.savefig(path, dpi=100)
     plt.close(figure)
     print(f"wrote {path}")
