@@ -147,7 +147,7 @@ PRESETS = {
                  foreground_weight=1.0, unet_channels=64, unet_multipliers=(1, 2), unet_depth=1,
                  unet_attention=(4, 2), context_dim=64, steps_stage2=2000, batch_size=16,
                  lr_stage2=2e-3, ema_half_life=200.0, sample_steps=32),
-    # Two CPU cores, three minutes: for coursework, and for trying many settings.
+    # Two CPU cores, a minute and a half: for coursework, and for trying many settings.
     "micro": dict(size=32, n_objects=64, n_views=16, channels=32, volume_side=16, latent_side=4,
                   decoder_depth=1, decoder_attention=(), objects_per_step=4, n_samples=24,
                   lr_stage1=8e-3, steps_stage1=1000, finer_at=(0.4,), perceptual_weight=1.0,
