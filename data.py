@@ -4,6 +4,8 @@ Paper:      Sec. 3.1 (2D images with masks and cameras are all that the method s
 Shapes:     F frames, S image side, N objects, V views of one object, P primitives, K points.
 Simplified: everything sits in memory as uint8 (24 KiB a frame at 64x64): Objaverse would not fit.
 Read next:  render.py, whose first page holds the conventions (camera axes, pixel centres, cube).
+In it:      What every source becomes, and Load: at a first reading, these are all. Between them a
+            section a source: objects and puppets that are made up, photos, clips.
 
     python data.py --data PATH      tells what is in PATH and draws it: try this first
 """

@@ -6,8 +6,9 @@ Paper: Sec. 3.3 and 4: noise -> 64 Heun steps -> denormalize -> G2 -> volume -> 
 decoder half and the embeddings are not used; with --direct they are all that is used (the paper's
 baseline, direct latent sampling: draw an embedding, decode it with the whole G).
 
-This file also holds what training shares with sampling: reading a checkpoint, rebuilding the
-models from it, drawing figures, and all scores.
+In it: Checkpoints (rebuilding the models), Generating (the method itself: at a first reading, this
+is all), Scores (of pictures, shapes, text), Figures, Moving subjects, Meshes, Command line.
+Training shares the first five.
 
 Shapes: B objects, V views, n samples, C channels, H = W side of a picture.
 Simplified: unless a file of Inception's weights is given, Frechet and kernel distances are on a
@@ -310,21 +311,15 @@ def render_views(run, volumes, azimuths, size, elevation=None, extras=False, n_s
 
     returns render.render's dict, (B, V, C, size, size), on the CPU; one view at a time saves memory
     """
-    views = []
-    for azimuth in azimuths:
-        camera, intrinsics = view_from(run, azimuth, elevation, pose)
-        for volume in volumes.split(8):
-            n = len(volume)
+    parts = []
+    for volume in volumes.split(8):
+        views, n = [], len(volume)
+        for azimuth in azimuths:
+            camera, intrinsics = view_from(run, azimuth, elevation, pose)
             views.append(render.render(volume, camera.expand(n, 1, *camera.shape),
                                        intrinsics.expand(n, 1, 4), size, n_samples, extras=extras))
-    batches = math.ceil(len(volumes) / 8)
-
-    def join(key):
-        columns = [torch.cat([v[key].cpu() for v in views[i:i + batches]])
-                   for i in range(0, len(views), batches)]
-        return torch.cat(columns, 1)
-
-    return {key: join(key) for key in views[0]}
+        parts.append({key: torch.cat([v[key].cpu() for v in views], 1) for key in views[0]})
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def decode(run, latents, chunk=16):
@@ -1270,17 +1265,19 @@ def compare_runs(folders, path):
     figure, axis = plt.subplots(figsize=(8, 5), constrained_layout=True)
     for title, group in kinds.items():
         table.append([title, str(len(group))])
-        middles = dict.fromkeys(("fd", "seconds_per_sample"), math.nan)
+        found = dict.fromkeys(("fd", "seconds_per_sample"), [math.nan] * 3)
         for name in shown:
             values = sorted(run[name] for run in group if name in run)
-            middles[name] = values[len(values) // 2] if values else math.nan
-            table[-1].append(f"{middles[name]:.4g} ({values[0]:.4g}, {values[-1]:.4g})"
-                             if values else "-")
-        axis.plot(middles["seconds_per_sample"], middles["fd"], "o", label=title)
+            if values:
+                found[name] = values[len(values) // 2], values[0], values[-1]
+            table[-1].append("{:.4g} ({:.4g}, {:.4g})".format(*found[name]) if values else "-")
+        (seconds, *_), (fd, low, high) = found["seconds_per_sample"], found["fd"]
+        axis.errorbar(seconds, fd, [[fd - low], [high - fd]], fmt="o", capsize=3, label=title)
     widths = [max(map(len, column)) + 2 for column in zip(*table)]
     for row in table:
         print(row[0].ljust(widths[0]) + "".join(map(str.rjust, row[1:], widths[1:])))
-    axis.set(xlabel="seconds per sample", ylabel="Frechet distance", yscale="log")
+    axis.set(xlabel="seconds per sample", ylabel="Frechet distance: median, least, greatest",
+             xscale="log", yscale="log")
     axis.legend(fontsize=7)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -340,3 +340,17 @@ def test_t5_without_transformers_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(BadInput, match="pip install transformers"):
         diffusion.T5Encoder(tmp_path)
+
+
+def test_t5_reads_32_tokens_zero_where_padded_and_an_empty_prompt_is_its_end(t5_folder, tmp_path):
+    encode = diffusion.T5Encoder(t5_folder)
+    tokens, mask = encode(["a red chair", "", "a " * 1000])
+    assert encode.width == 16 and tokens.shape == (3, 32, 16)
+    assert mask.sum(1).tolist() == [4, 1, 32] and (tokens[~mask] == 0).all()
+    # Without padding the network itself says the same: padding changes nothing.
+    ids = torch.tensor([[3, 4, 6, 1]])                                # a red chair </s>
+    torch.testing.assert_close(tokens[0, :4], encode.model(input_ids=ids).last_hidden_state[0])
+    assert not any(p.requires_grad for p in encode.model.parameters())
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BadInput, match="google-t5/t5-11b"):
+        diffusion.T5Encoder(tmp_path)

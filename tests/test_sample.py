@@ -245,6 +245,18 @@ def test_frechet_distance_to_itself_is_zero_even_with_fewer_pictures_than_featur
             sample.frechet_distance(a, b)
 
 
+def test_frechet_distance_agrees_with_the_eigenvalues_of_the_product_on_real_features():
+    # Another way to the same trace: sqrt(A B) has the roots of the eigenvalues of A B itself.
+    images = torch.rand(300, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    a = sample.image_features(images).double().numpy()
+    b = sample.image_features(images.flip(0) ** 1.5)[:280].double().numpy()
+    A, B = np.cov(a.T), np.cov(b.T)
+    root = np.sqrt(np.linalg.eigvals(A @ B).astype(complex)).real.sum()
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * root
+    ours = sample.frechet_distance(torch.from_numpy(a), torch.from_numpy(b))
+    assert expected > 1e-3 and ours == pytest.approx(expected, rel=1e-6)
+
+
 def test_kernel_distance_is_its_definition_and_unbiased():
     a, b = normal(7, 5), normal(9, 5, seed=1) + 0.3
     k = lambda x, y: (float(x @ y) / 5 + 1) ** 3                                  # noqa: E731
@@ -421,6 +433,20 @@ def test_a_reader_learns_attributes_that_it_has_not_seen_together():
     seen = sample.read_attributes(reader, images.movedim(-1, 2))
     assert min(sample.attribute_scores(captions, seen)) > 0.97
     assert max(sample.attribute_scores(captions[1:] + captions[:1], seen)[:1]) < 0.3
+
+
+def test_the_reader_reads_99_percent_of_what_true_objects_have_and_is_learned_once(tmp_path):
+    reader = sample.reader_of(tmp_path, dict(size=64, seed=0))                # of seed 1's objects
+    true = data.load("synthetic", 64, 0, 0, 240, 8)
+    frames = torch.stack([true.frames_of(k) for k in range(true.n_objects)])
+    seen = sample.read_attributes(reader, true.batch(frames, 64)[0])
+    colours, parts = sample.attribute_scores(true.captions, seen)
+    assert min(colours, parts) >= 0.99
+    # What nobody asked for is not seen either, or "everything is there" would score 100 %.
+    invented = [found - sample.asked_for(c)[1] for c, (_, found) in zip(true.captions, seen)]
+    assert sum(map(len, invented)) < 0.02 * sum(len(sample.asked_for(c)[1]) for c in true.captions)
+    again = sample.reader_of(tmp_path, dict(size=64, seed=0)).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in reader.state_dict().items())
 
 
 def test_diffused_volumes_are_the_decoders_own(folder):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -142,6 +143,18 @@ def test_presets_build_with_the_shapes_of_table_5(preset, capsys):
         side = {"paper-tables": 128}.get(preset, 64)
         channels = 14 if preset == "paper-celebv" else 4
         assert volume.shape == (2, channels, side, side, side)
+
+
+def test_the_preset_follows_from_the_data_and_the_flags_from_the_preset(tmp_path):
+    iio.imwrite(tmp_path / "a.gif", np.zeros((3, 8, 8, 3), np.uint8))
+    for arguments, preset in [([], "tiny"), (["--cameras", "learned"], "tiny-video"),
+                              (["--data", "puppets"], "tiny-video"),
+                              (["--data", str(tmp_path)], "tiny-clips"),
+                              (["--data", str(tmp_path), "--preset", "tiny-video"], "tiny-video")]:
+        args, settings = train.parse([*arguments, "--seed", "7"])
+        expected = train.Settings(**train.PRESETS[preset] | {"seed": 7})
+        assert args.preset == preset and settings == expected
+        assert args.out == Path(f"runs/{preset}-{Path(args.data).resolve().name}")
 
 
 def call(*arguments):
@@ -380,3 +393,21 @@ def test_words_from_captions_to_a_prompt(tmp_path, capsys):
     # The null prompt at any weight: given and free answer alike.
     torch.testing.assert_close(null, sample.sample_latents(trained, noise, 2, prompts=[""],
                                                            guidance=7.0), rtol=1e-4, atol=1e-4)
+
+
+def test_t5_runs_once_and_its_tokens_are_kept_beside_the_run(t5_folder, tmp_path, monkeypatch):
+    run("--steps", "2", "--stage", "1", out=tmp_path)
+    text = ("--stage", "2", "--text", "--t5", str(t5_folder))
+    run("--steps", "2", *text, out=tmp_path)
+    kept = sample.load_weights("--t5", tmp_path / "text.pt", "")
+    captions = sample.load_checkpoint(tmp_path, 1)["captions"]
+    assert kept["prompts"] == sorted({"", *captions})
+    encode = train.diffusion.T5Encoder(t5_folder)
+    for i, prompt in enumerate(kept["prompts"]):
+        torch.testing.assert_close(kept["tokens"][i], encode([prompt])[0][0])
+    trained, noise = sample.load_run(tmp_path), sample.latent_noise(sample.load_run(tmp_path), 1, 0)
+    red, blue = (sample.sample_latents(trained, noise, 2, prompts=[prompt], guidance=3)
+                 for prompt in ("a red chair", "a blue table"))
+    assert not torch.equal(red, blue)
+    monkeypatch.setattr(train.diffusion, "T5Encoder", None)           # not called a second time
+    run("--steps", "4", *text, "--resume", out=tmp_path)
