@@ -521,7 +521,7 @@ def rendered_features(run, volumes, dataset, views, seed=0, features=image_featu
     frames, at the data's size -> (n views, 240 or as many as features gives)."""
     generator, size = torch.Generator().manual_seed(seed), dataset.images.shape[1]
     train, found = torch.nonzero(~dataset.heldout)[:, 0], []
-    for volume in volumes.split(8):
+    for volume in volumes.split(2):      # 8 at a time need half as long again, in fetching memory
         frames = train[torch.randint(len(train), (len(volume), views), generator=generator)]
         cameras = cameras_of(run, dataset, frames.flatten()).unflatten(0, frames.shape)
         out = render.render(volume, cameras, dataset.intrinsics[frames].to(run.device), size, 48,
@@ -565,11 +565,12 @@ def nearest_clouds(a, b, same=False, coarse=256, keep=8):
     keep = min(keep, len(a), len(b))
     limit = torch.maximum(near.kthvalue(keep, 1, keepdim=True)[0],
                           near.kthvalue(keep, 0, keepdim=True)[0])
+    wanted = (near <= limit) & near.isfinite()
     out = torch.full_like(near, torch.inf)
-    for i, row in enumerate(near <= limit):
-        j = (row & near[i].isfinite()).nonzero()[:, 0]
+    for i, row in enumerate(wanted.triu() if same else wanted):
+        j = row.nonzero()[:, 0]
         out[i, j] = chamfer_distances(a[i:i + 1], b[j])[0]
-    return out
+    return torch.minimum(out, out.T) if same else out     # of each pair once
 
 
 def shape_metrics(generated, reference):
@@ -1254,17 +1255,19 @@ def compare_runs(folders, path):
         except (OSError, ValueError, KeyError, TypeError):
             raise BadInput(f"--compare {folder}: no metrics.json that training or --evaluate "
                            "wrote") from None
-    differ = [name for name in runs[0]["settings"] if name != "seed"
+    differ = [name for name in runs[0]["settings"]
+              if name not in ("seed", "log_every", "save_every")
               and len({str(run["settings"].get(name)) for run in runs}) > 1]
-    kinds = {}
+
+    def title(run, names):
+        return ", ".join(f"{n} {str(run['settings'].get(n))[:20]}" for n in names) or "all alike"
+    kinds, curves = {}, {}                                # a curve: all numbers of sampler steps
     for run in runs:
-        title = ", ".join(f"{name} {str(run['settings'].get(name))[:20]}" for name in differ)
-        kinds.setdefault(title or "all alike", []).append(run)
+        kinds.setdefault(title(run, differ), []).append(run)
     shown = [name for name in COMPARED if any(name in run for run in runs)]
     table = [["", "runs"] + shown]
-    figure, axis = plt.subplots(figsize=(8, 5), constrained_layout=True)
-    for title, group in kinds.items():
-        table.append([title, str(len(group))])
+    for kind, group in kinds.items():
+        table.append([kind, str(len(group))])
         found = dict.fromkeys(("fd", "seconds_per_sample"), [math.nan] * 3)
         for name in shown:
             values = sorted(run[name] for run in group if name in run)
@@ -1272,12 +1275,21 @@ def compare_runs(folders, path):
                 found[name] = values[len(values) // 2], values[0], values[-1]
             table[-1].append("{:.4g} ({:.4g}, {:.4g})".format(*found[name]) if values else "-")
         (seconds, *_), (fd, low, high) = found["seconds_per_sample"], found["fd"]
-        axis.errorbar(seconds, fd, [[fd - low], [high - fd]], fmt="o", capsize=3, label=title)
+        curves.setdefault(title(group[0], [n for n in differ if n != "sample_steps"]), []).append(
+            (seconds, fd, fd - low, high - fd))
     widths = [max(map(len, column)) + 2 for column in zip(*table)]
     for row in table:
         print(row[0].ljust(widths[0]) + "".join(map(str.rjust, row[1:], widths[1:])))
+    figure, axis = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    for label, points in curves.items():
+        x, y, *spread = zip(*sorted(points))
+        axis.errorbar(x, y, spread, fmt="o-", capsize=3, label=label)
     axis.set(xlabel="seconds per sample", ylabel="Frechet distance: median, least, greatest",
              xscale="log", yscale="log")
+    for side in (axis.xaxis, axis.yaxis):                 # 0.02 0.05 0.1, not 2 x 10^-2
+        side.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        side.set_major_formatter("{x:g}")
+        side.set_minor_formatter("")
     axis.legend(fontsize=7)
     figure.savefig(path, dpi=100)
     plt.close(figure)
