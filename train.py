@@ -325,7 +325,7 @@ def same_settings(ours, theirs, groups, path):
     free = {"steps_stage1", "steps_stage2", "log_every", "save_every"}
     for f in dataclasses.fields(Settings):
         if f.metadata["group"] in groups and f.name not in free:
-            a, b = getattr(ours, f.name), theirs.get(f.name)
+            a, b = getattr(ours, f.name), theirs.get(f.name, f.default)
             if a != (tuple(b) if isinstance(b, list) else b):
                 raise BadInput(f"--{f.name.replace('_', '-')} is {a} here but {b} in {path}; give "
                                "the same flags to go on, or another --out to start anew")

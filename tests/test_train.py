@@ -260,6 +260,21 @@ def test_learned_poses_resume_to_the_same_bits(tmp_path, monkeypatch):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_the_mean_of_2d_points_is_fixed_once_it_has_settled(tmp_path):
+    for settle_at, batches in (("0.5", 5), ("1.0", 8)):
+        run(*PUPPETS, "--stage", "1", "--steps", "8", "--settle-at", settle_at, out=tmp_path)
+        assert weights(tmp_path, 1, "posenet")["batches"] == batches      # that went into the mean
+
+
+def test_checkpoints_from_before_a_flag_existed_had_its_default(tmp_path):
+    run(*PUPPETS, "--stage", "1", "--steps", "2", out=tmp_path)
+    checkpoint = sample.load_checkpoint(tmp_path, 1)
+    del checkpoint["settings"]["settle_at"]
+    train.save(tmp_path / "stage1.pt", checkpoint)
+    run(*PUPPETS, "--stage", "1", "--steps", "4", out=tmp_path, resume=True)
+    assert sample.load_checkpoint(tmp_path, 1)["step"] == 4
+
+
 def test_cameras_of_rigid_objects_can_be_learned_too(tmp_path):
     run("--cameras", "learned", "--arc", "60", "--size", "32", "--keypoints", "8", "--stage", "1",
         "--steps", "4", out=tmp_path)
