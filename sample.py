@@ -573,8 +573,10 @@ def nearest_clouds(a, b, same=False, coarse=256, keep=8):
     return torch.minimum(out, out.T) if same else out     # of each pair once
 
 
-def shape_metrics(generated, reference):
+def shape_metrics(generated, reference, apart=None):
     """COV, MMD and 1-NNA of clouds (n, 2048, 3) against (m, 2048, 3) -> dict cov, mmd, nna.
+
+    apart: nearest_clouds(reference, reference, same=True), where the caller has it already
 
     cov  share of reference shapes that are the nearest one of some generated shape (Eq. 4)
     mmd  mean over reference shapes of the distance to the nearest generated one (Eq. 5)
@@ -585,8 +587,10 @@ def shape_metrics(generated, reference):
         if clouds.ndim != 3 or clouds.shape[2] != 3 or len(clouds) < 2:
             raise ValueError(f"{name} must be (n, K, 3) with n >= 2, got {tuple(clouds.shape)}")
     across = nearest_clouds(generated, reference)                             # (n, m)
-    same = [nearest_clouds(x, x, same=True) for x in (generated, reference)]
-    right = ((same[0].amin(1) < across.amin(1)).sum() + (same[1].amin(1) < across.amin(0)).sum())
+    if apart is None:
+        apart = nearest_clouds(reference, reference, same=True)               # (m, m)
+    same = nearest_clouds(generated, generated, same=True)                    # (n, n)
+    right = (same.amin(1) < across.amin(1)).sum() + (apart.amin(1) < across.amin(0)).sum()
     return {"cov": len(across.argmin(1).unique()) / len(reference),
             "mmd": float(across.amin(0).mean()),
             "nna": int(right) / (len(generated) + len(reference))}
@@ -788,7 +792,9 @@ def evaluate(run, dataset, n, views, steps, churn, seed, shapes=True, baselines=
                      "_train": trained[:n]}
     true = features(dataset.batch(torch.nonzero(~dataset.heldout)[:, 0],
                                   dataset.images.shape[1])[0])
-    reference = clouds(dataset, trained) if shapes else None
+    if shapes:
+        reference = clouds(dataset, trained)
+        reference_apart = nearest_clouds(reference, reference, same=True)
     known, scores = looks(run, trained), {"seconds_per_sample": round(seconds, 4)}
     for key, volumes in variants.items():
         ours = rendered_features(run, volumes, dataset, views, features=features)
@@ -803,8 +809,8 @@ def evaluate(run, dataset, n, views, steps, churn, seed, shapes=True, baselines=
                      if (p := surface_points(v, 2048, i)) is not None]
             scores[f"empty{key}"] = 1 - len(found) / len(volumes)
             if len(found) > 1:
-                for name, value in shape_metrics(torch.stack(found), reference).items():
-                    scores[name + key] = round(value, 5)
+                shape = shape_metrics(torch.stack(found), reference, reference_apart)
+                scores |= {name + key: round(value, 5) for name, value in shape.items()}
     return scores
 
 

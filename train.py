@@ -683,7 +683,7 @@ def read_text(s, captions, run, device):
     # PAPER: T5 is frozen, so it runs once; its tokens are kept beside the run.
     path, prompts = run / "text.pt", sorted({"", *captions})
     if path.exists():
-        kept = torch.load(path, map_location=device, weights_only=True)
+        kept = sample.load_weights("--t5", path, "what --t5 left there: delete it")
     if not path.exists() or (kept["t5"], kept["prompts"]) != (s.t5, prompts):
         encoder = diffusion.T5Encoder(s.t5, device)
         tokens, mask = zip(*(encoder([prompt]) for prompt in prompts))
@@ -693,8 +693,8 @@ def read_text(s, captions, run, device):
     row = {prompt: i for i, prompt in enumerate(prompts)}
 
     def encode(given):
-        rows = torch.tensor([row[prompt] for prompt in given], device=device)
-        return kept["tokens"][rows], kept["mask"][rows]
+        rows = [row[prompt] for prompt in given]
+        return kept["tokens"][rows].to(device), kept["mask"][rows].to(device)
     return encode, kept["tokens"].shape[-1], [], captions
 
 

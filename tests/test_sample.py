@@ -297,6 +297,7 @@ def test_shape_metrics_agree_with_brute_force():
     assert scores["cov"] == len(set(D.argmin(1))) / 5
     assert scores["mmd"] == pytest.approx(D.min(0).mean(), rel=1e-4)
     assert scores["nna"] == pytest.approx(nna)
+    assert sample.shape_metrics(a, b, sample.nearest_clouds(b, b, same=True)) == scores
 
 
 def test_nearest_clouds_are_those_of_all_pairs():

@@ -426,3 +426,6 @@ def test_t5_runs_once_and_its_tokens_are_kept_beside_the_run(t5_folder, tmp_path
     assert not torch.equal(red, blue)
     monkeypatch.setattr(train.diffusion, "T5Encoder", None)           # not called a second time
     run("--steps", "4", *text, "--resume", out=tmp_path)
+    (tmp_path / "text.pt").write_bytes(b"damaged")
+    with pytest.raises(data.BadInput, match="text.pt: not a file of weights"):
+        run("--steps", "4", *text, out=tmp_path)
