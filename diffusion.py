@@ -347,19 +347,26 @@ def edm_sampler(denoise, noise, steps, sigma_min=0.002, sigma_max=80, rho=7, S_c
     denoise  any callable (x, sigma) -> expected clean x, with x in float64, sigma a 0-d tensor
     noise    (B, ...) unit normal, scaled by sigma_max in here      steps  the N of the schedule
     S_churn, S_min, S_max, S_noise   as in EDM: fresh noise added before each step
+    generator of that noise: one for all, or a list of one for each sample
     watch    called with (step, sigma, denoised estimate) on the way, to draw it
     returns  samples as noise, float64
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     sigmas = sigma_steps(steps, sigma_min, sigma_max, rho).to(noise.device)
+
+    def fresh():
+        if isinstance(generator, list):
+            return torch.stack([torch.randn(noise.shape[1:], generator=one, dtype=torch.float64)
+                                for one in generator]).to(noise.device)
+        return torch.randn(noise.shape, generator=generator, dtype=torch.float64).to(noise.device)
+
     x_next = noise.double() * sigmas[0]
     for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
         gamma = min(S_churn / steps, math.sqrt(2) - 1) if S_min <= sigma <= S_max else 0.0
         sigma_hat, x_hat = sigma * (1 + gamma), x_next
         if gamma > 0:                               # churn: a little back up, with fresh noise
-            fresh = torch.randn(noise.shape, generator=generator, dtype=torch.float64)
-            x_hat = x_hat + (sigma_hat**2 - sigma**2).sqrt() * S_noise * fresh.to(noise.device)
+            x_hat = x_hat + (sigma_hat**2 - sigma**2).sqrt() * S_noise * fresh()
         denoised = denoise(x_hat, sigma_hat)
         if watch is not None:
             watch(i, sigma_hat, denoised)

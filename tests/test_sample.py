@@ -156,9 +156,11 @@ def test_sample_i_depends_on_seed_and_i_only(folder):
     distance = torch.cdist(everything.flatten(1), everything.flatten(1)) + 1e9 * torch.eye(20)
     assert distance.min() > 30                                # sqrt(2 x 1024) apart: all different
     assert many.std().item() == pytest.approx(1, abs=0.05)
-    apart = sample.sample_latents(run, many, 4, chunk=2)
-    torch.testing.assert_close(apart, sample.sample_latents(run, many, 4), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(apart[:2], sample.sample_latents(run, few, 4), rtol=1e-4, atol=1e-4)
+    for churn in (0, 40):
+        apart = sample.sample_latents(run, many, 4, churn, 7, chunk=2)
+        for noise in (many, few):
+            torch.testing.assert_close(apart[:len(noise)], sample.sample_latents(
+                run, noise, 4, churn, 7), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("churn", [0.0, 40.0])
