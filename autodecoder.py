@@ -15,6 +15,8 @@ Diffusion (stage 2) learns the distribution of F; G1 and the embeddings are not 
 Shapes: B objects, C channels, N dataset objects, V views, D = H = W side of a volume, P parts,
 K keypoints of a part, n frames.
 Simplified: no LPIPS.
+In it: Embeddings, The decoder and Losses: at a first reading, these are all. Between the last two,
+for what moves or has no cameras: Perspective-n-Point and Learned poses.
 Read next: normalize.py
 """
 import math
