@@ -175,14 +175,21 @@ def load_dataset(s, source):
                      s["objects"], s["arc"], s["shared_colours"], s["clip_filter"])
 
 
-def add_metrics(run, settings, **values):
-    """Adds flat numbers to RUN/metrics.json, beside all settings (a dict)."""
+OF_SAMPLES = ("fd", "kd", "cov", "mmd", "nna", "memorization", "empty", "text_", "features",
+              "seconds_sampling", "seconds_per_sample", "seconds_evaluation")
+
+
+def add_metrics(run, settings, anew=False, **values):
+    """Adds flat numbers to RUN/metrics.json, beside all settings (a dict).
+
+    anew: stage 2 was trained anew, so that scores of what the old one made are dropped
+    """
     path = Path(run) / "metrics.json"
     try:
         metrics = json.loads(path.read_text()) if path.exists() else {}
     except ValueError:
         metrics = {}                                     # damaged: it is written anew
-    metrics |= values
+    metrics = {k: v for k, v in metrics.items() if not (anew and k.startswith(OF_SAMPLES))} | values
     metrics["seconds_total"] = round(sum(metrics.get(f"seconds_{part}", 0.0) for part in (
         "data", "stage1", "stage2", "sampling")), 1)
     metrics["peak_memory_gib"] = round(

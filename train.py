@@ -739,9 +739,9 @@ def train_stage2(s, run, device, resume=False):
                 "m": at.normalizer.m, "s": at.normalizer.s, "vocabulary": at.vocabulary,
                 "random": random_states(at.generator)})
             plot_log(run)
-    sample.add_metrics(run, vars(s), seconds_stage2=round(at.seconds, 1), steps_stage2=at.step,
-                latent_median=float(at.normalizer.m.mean()),
-                latent_iqr=float(at.normalizer.s.mean()))
+    sample.add_metrics(run, vars(s), anew=True, seconds_stage2=round(at.seconds, 1),
+                       steps_stage2=at.step, latent_median=float(at.normalizer.m.mean()),
+                       latent_iqr=float(at.normalizer.s.mean()))
 
 
 def first_sampling(s, dataset, run):

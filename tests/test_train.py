@@ -76,6 +76,11 @@ def test_whole_pipeline_writes_what_it_names_and_finite_metrics(tmp_path, capsys
                 "peak_memory_gib", "fd", "fd_direct"):
         assert metrics[key] == pytest.approx(metrics[key]) and metrics[key] > 0, key
     assert metrics["settings"]["n_objects"] == 4
+    # Another stage 2: scores of what the first one made are no longer true of the run.
+    run("--stage", "2", "--steps", "2", out=tmp_path / "run")
+    again = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert again["psnr_heldout"] == metrics["psnr_heldout"] and again["steps_stage2"] == 2
+    assert not {"fd", "fd_direct", "memorization", "seconds_sampling"} & set(again)
 
 
 def test_one_object_overfits_to_over_30_db(tmp_path):
