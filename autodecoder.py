@@ -14,7 +14,7 @@ Diffusion (stage 2) learns the distribution of F; G1 and the embeddings are not 
 
 Shapes: B objects, C channels, N dataset objects, V views, D = H = W side of a volume, P parts,
 K keypoints of a part, n frames.
-Simplified: no LPIPS.
+Simplified: without a file of VGG-19 weights, Eq. 1 compares pixels and their gradients.
 In it: Embeddings, The decoder and Losses: at a first reading, these are all. Between the last two,
 for what moves or has no cameras: Perspective-n-Point and Learned poses.
 Read next: normalize.py
@@ -92,6 +92,7 @@ class Pointwise(nn.Linear):
 
 class ResidualBlock(nn.Module):
     """Main path: two 3x3x3 convolutions, each with a norm; residual path: 1x1x1; ReLU (App. B.1).
+    OURS: where the width stays, the residual path is the identity.
 
     (B, c_in, D, H, W) -> (B, c_out, D, H, W), or twice the side if `upsample`.
     """
@@ -124,6 +125,10 @@ class SelfAttention(nn.Module):
     def __init__(self, channels, head_channels=64):
         super().__init__()
         self.heads = max(1, channels // head_channels)
+        if channels % self.heads:
+            raise ValueError(f"attention over {channels} channels: not a multiple of its "
+                             f"{self.heads} heads; below {2 * head_channels}, or a multiple of "
+                             f"{head_channels}, fits")
         self.norm = nn.GroupNorm(1, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
@@ -206,7 +211,8 @@ class AutoDecoder(nn.Module):
                  latent_side=8, depth=4, attention=(8, 16), norm="batch", codebooks=0, rows=256,
                  hash_rule="spread", parts=0, half_axes=(), skin_layout=True, reach=()):
         super().__init__()
-        self.sides = [start_side << i for i in range(int(math.log2(volume_side // start_side)) + 1)]
+        doublings = int(math.log2(max(1, volume_side // start_side)))
+        self.sides = [start_side << i for i in range(doublings + 1)]
         if self.sides[-1] != volume_side or latent_side not in self.sides:
             raise ValueError(f"volume_side {volume_side} and latent_side {latent_side} must be "
                              f"start_side {start_side} times a power of two, in this order")
@@ -227,7 +233,8 @@ class AutoDecoder(nn.Module):
         self.register_buffer("prior", volume_prior(volume_side, parts, half_axes, skin_layout,
                                                      reach))
         self.register_buffer("growth", torch.tensor(1.0))  # share of the learned density in use
-        self.register_buffer("detail", torch.ones(len(self.levels), device="cpu"))  # of each level
+        # Of each level. On the CPU even where all else has no numbers ("meta"): it is asked for.
+        self.register_buffer("detail", torch.ones(len(self.levels), device="cpu"))
         # Voxels are stored channels-last: convolutions are 1.2 x faster on CPUs.
         self.to(memory_format=torch.channels_last_3d)
 
@@ -318,6 +325,7 @@ def solve_pnp(points3d, points2d, steps=8, floor=3e-4, scale_floor=5e-3):
     which gives the true gradient of the minimum (implicit function theorem): -H^-1 dg.
     OURS: EPnP differentiates null vectors, whose gradient is infinite where singular values meet,
     as they do when predicted points draw together; here no curvature is taken to be below mu.
+    steps: of Gauss-Newton; floor: mu is at least its square; scale_floor: rho is at least that
     """
     X, x = points3d, points2d
     if X.ndim != 3 or X.shape[1] < 4 or X.shape[2] != 3 or x.shape != (*X.shape[:2], 2):
@@ -383,7 +391,8 @@ def soft_argmax(heat):
 class KeypointNet(nn.Module):
     """A 2D U-Net with soft-argmax: frames (n, 3, 64, 64) -> n_points positions (n, n_points, 2).
 
-    Positions are in half widths of the picture, x right, y down, 0 in its middle.
+    Positions are in half widths of the picture, x right, y down, 0 in its middle. SIMPLIFIED: heat
+    maps of 16 x 16, and a temperature of 0.5 (the predecessor: 0.1, on finer maps).
     """
 
     def __init__(self, n_points, width=32, temperature=0.5):
@@ -452,6 +461,8 @@ class PoseNet(nn.Module):
         (n, all parts, K, 2); losses (a dict of scalars).
 
         settled: subtract the running mean, as in evaluation, not the mean of these frames
+        Losses: reprojection (the predecessor's); OURS, against a drift of all poses together:
+        centre (the raw points' mean stays near the default pose) and distance (so does depth).
         """
         P = int(self.active)
         u = self.points2d(frames)                                               # (n, P, K, 2)
@@ -634,6 +645,8 @@ def pyramid_loss(features, rendered, true, levels=3):
         raise ValueError(f"rendered {tuple(rendered.shape)} and true {tuple(true.shape)} differ")
     loss = rendered.new_zeros(())
     for level in range(levels):
+        if level > 0 and min(rendered.shape[-2:]) < 4:
+            break                              # one pixel has no neighbours to differ from
         if level > 0:
             rendered, true = F.avg_pool2d(rendered, 2), F.avg_pool2d(true, 2)
         with torch.no_grad():

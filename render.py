@@ -45,8 +45,8 @@ def orbit(azimuth, elevation, distance):
                         azimuth.cos() * elevation.cos()], -1)              # (..., 3) camera's +z
     right = torch.stack([azimuth.cos(), torch.zeros_like(azimuth), -azimuth.sin()], -1)
     up = torch.linalg.cross(back, right)
-    position = back * torch.as_tensor(distance, dtype=back.dtype)[..., None]
-    cam2world = torch.eye(4, dtype=back.dtype).repeat(*azimuth.shape, 1, 1)
+    position = back * torch.as_tensor(distance, dtype=back.dtype, device=back.device)[..., None]
+    cam2world = torch.eye(4, dtype=back.dtype, device=back.device).repeat(*azimuth.shape, 1, 1)
     cam2world[..., :3, :] = torch.stack([right, up, back, position], -1)   # (..., 3, 4)
     return cam2world
 
@@ -278,20 +278,22 @@ def render(volume, cam2world, intrinsics, size, n_samples, jitter=None, extras=T
         # Where samples lie is bookkeeping: no gradient flows through near and far.
         t, edges = place_samples(*around_parts(*box_interval(o.detach(), d.detach())), n_samples,
                                  jitter)                                    # (B, R, S), (B, R, S+1)
-        points, share = carry_back(volume[:, 4:], o, d, t)
+        points, share = carry_back(volume[:, 4:4 + P], o, d, t)
     else:
         o, d = o.reshape(B, -1, 3), d.reshape(B, -1, 3)                     # (B, R, 3)
         t, edges = place_samples(*box_interval(o, d), n_samples, jitter)
         points = o[:, :, None] + t[..., None] * d[:, :, None]               # (B, R, S, 3)
-    values = sample_volume(volume[:, :4], points.flatten(1, 2)).unflatten(1, t.shape[1:])
-    w = ray_weights(values[..., 0].flatten(0, 1), edges.flatten(0, 1)).unflatten(0, t.shape[:2])
+    values = sample_volume(volume[:, :4], points.flatten(1, 2)).reshape(-1, t.shape[2], 4)
+    density, rgb, edges = values[..., 0], values[..., 1:], edges.flatten(0, 1)    # (B R, S, ...)
 
-    def image(x):                                                           # (B, R, C) -> picture
+    def image(x):                                                           # (B R, C) -> picture
         return x.reshape(B, V, size, size, -1).movedim(-1, 2)
 
-    occupancy = w.sum(-1, keepdim=True)                                     # (B, R, 1)
-    out = {"rgb": image((w[..., None] * values[..., 1:]).sum(2)), "occupancy": image(occupancy)}
+    rgb, occupancy = integrate(density, rgb, edges)                         # (B R, 3), (B R,)
+    out = {"rgb": image(rgb), "occupancy": image(occupancy)}
     if extras:
+        w = ray_weights(density, edges).unflatten(0, t.shape[:2])           # (B, R, S)
+        occupancy = w.sum(-1, keepdim=True)                                 # (B, R, 1)
         hit = occupancy > 1e-3
         depth = (w * t).sum(-1, keepdim=True) / occupancy.clamp(min=1e-3)
         slope = sample_volume(density_gradient(volume[:, :1]), points.flatten(1, 2))

@@ -163,6 +163,28 @@ def test_residual_block_with_a_silent_main_path_is_a_1x1x1_convolution_with_both
     assert (expected < 0).any()                      # the latent must not be cut off at zero
 
 
+def test_residual_block_has_its_relus_in_front_of_its_convolutions():
+    block = autodecoder.ResidualBlock(3, 3).double().eval()
+    shake(block)
+    x = torch.randn(2, 3, 4, 4, 4, dtype=torch.float64)
+
+    def normed(x, conv, norm):
+        x = torch.nn.functional.conv3d(x, conv.weight, padding=1)
+        mean, var, weight, bias = (v.view(3, 1, 1, 1) for v in (
+            norm.running_mean, norm.running_var, norm.weight, norm.bias))
+        return (x - mean) / (var + norm.eps).sqrt() * weight + bias
+
+    h = normed(x.clamp(min=0), block.conv1, block.norm1)
+    expected = x + normed(h.clamp(min=0), block.conv2, block.norm2)
+    torch.testing.assert_close(block(x), expected, rtol=0, atol=1e-12)
+    assert isinstance(small().head[0], torch.nn.BatchNorm3d)
+
+
+def test_attention_over_a_width_that_its_heads_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="200 channels"):
+        autodecoder.SelfAttention(200)
+
+
 def test_attention_starts_as_the_identity_and_follows_a_permutation_of_the_voxels():
     attention = autodecoder.SelfAttention(8, head_channels=4).double()
     x = torch.randn(2, 8, 2, 3, 2, dtype=torch.float64)
@@ -434,8 +456,21 @@ def test_points_that_shift_in_the_picture_shift_the_object():
     torch.testing.assert_close(depth[0, 0], torch.tensor(net.distance), rtol=0, atol=1e-2)
 
 
+def test_points_seen_by_a_turned_camera_give_that_camera_back():
+    net, expected = posenet().eval(), render.orbit(0.4, 0.2, posenet().distance)
+    frames = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    lens, default = torch.tensor([5.7, 5.7, 0.5, 0.5]), render.orbit(0.0, 0.0, net.distance)
+    turned, still = (2 * render.project(net.canonical, camera, lens)[0] - 1
+                     for camera in (expected, default))                        # (P, K, 2)
+    net.mean.copy_(net.points2d(frames)[0] - (turned - still))
+    camera = net(frames)[0][0, 0]
+    torch.testing.assert_close(camera, expected, rtol=0, atol=1e-3)
+
+
 def test_split_gives_every_part_the_pose_of_the_first_but_for_noise():
     net = posenet(parts=3).eval()
+    net.canonical.data[0] += 0.1                       # unlike the other parts, as after training
+    net.mean[0] += 0.1
     frames = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     before = net(frames)[0]
     net.split(noise=0.0)
@@ -446,7 +481,7 @@ def test_split_gives_every_part_the_pose_of_the_first_but_for_noise():
     assert (net.keypoints.heat.weight[:8] - net.keypoints.heat.weight[8:16]).abs().max() > 1e-4
 
 
-def test_usage_loss_is_zero_when_all_parts_are_used_and_half_when_one_of_two_is_not():
+def test_usage_loss_is_zero_when_all_parts_are_used_and_a_quarter_when_one_of_two_is_not():
     volume = torch.zeros(1, 6, 4, 4, 4)
     volume[:, 0] = 1
     assert autodecoder.usage_loss(volume) == 0

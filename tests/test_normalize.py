@@ -89,11 +89,14 @@ def test_more_than_16_million_values_are_measured():
     assert normalizer.s.item() == pytest.approx(0.7413 * (n - 1) / 2, rel=1e-14)
 
 
-def test_buffers_travel_in_the_state_dict_and_keep_the_datas_type():
-    normalizer = RobustNormalizer().fit(latents(10, 2, 2, 2, 2).float())
-    other = RobustNormalizer()
-    other.load_state_dict(normalizer.state_dict())
-    assert other.m == normalizer.m and other.s == normalizer.s and other.m.dtype == torch.float32
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_two_buffers_are_all_that_a_checkpoint_must_carry_and_keep_the_datas_type(per_channel):
+    x = latents(10, 2, 2, 2, 2).float()
+    normalizer, other = RobustNormalizer("robust", per_channel).fit(x), RobustNormalizer()
+    other.m, other.s = normalizer.m.clone(), normalizer.s.clone()
+    assert torch.equal(other.normalize(x), normalizer.normalize(x))
+    assert dict(normalizer.named_buffers()).keys() == {"m", "s"}
+    assert other.m.dtype == torch.float32
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -405,6 +405,13 @@ def test_two_boxes_with_hard_weights_move_as_two_objects_would():
     assert (both["occupancy"] - expected).abs().mean() < 2e-3
     assert (both["parts"][:, :, :1] - alone[0]["occupancy"]).abs().mean() < 2e-3
     assert alone[0]["occupancy"].mean() > 0.01 and alone[1]["occupancy"].mean() > 0.01
+    # Two views at once are the views one by one.
+    other = torch.stack([moved(seen[0], 0, 0.5, (0.2, 0.0, 0.0)), seen[0]])[None, None]
+    pair = render.render(torch.cat([volume, skin[None]], 1), torch.cat([poses, other], 1),
+                         lens.expand(1, 2, 4), 24, 200)
+    second = render.render(torch.cat([volume, skin[None]], 1), other, lens, 24, 200)
+    for key in both:
+        assert torch.equal(pair[key], torch.cat([both[key], second[key]], 1)), key
 
 
 def test_skinning_weights_sum_to_one_and_follow_the_largest_claim():
@@ -421,11 +428,32 @@ def test_skinning_weights_sum_to_one_and_follow_the_largest_claim():
     assert torch.equal(w[:, 2], torch.ones_like(t))
 
 
+def test_normals_turn_with_the_part_that_claims_them():
+    g = torch.Generator().manual_seed(0)
+    B, V, P, rays, S = 2, 3, 4, 5, 6
+    rotation = torch.linalg.qr(torch.randn(B, V, P, 3, 3, generator=g, dtype=F64))[0]
+    vectors = torch.randn(B, V * rays, S, 3, generator=g, dtype=F64)
+    owner = torch.randint(P, (B, V * rays, S), generator=g)
+    share = torch.nn.functional.one_hot(owner, P).movedim(-1, 1).to(F64)
+    turned = render.blend_turned(vectors, share, rotation)
+    for b, r, s in ((0, 0, 0), (0, 7, 3), (1, 14, 5), (1, 9, 1)):      # ray r is of view r // rays
+        R = rotation[b, r // rays, owner[b, r, s]]
+        torch.testing.assert_close(turned[b, r, s], R.T @ vectors[b, r, s], rtol=0, atol=1e-12)
+
+
+def test_cameras_are_made_where_the_angles_are():
+    poses = torch.zeros(2, 4, 4, device="meta")        # as a GPU would, it refuses to mix with CPU
+    assert render.turn_about(poses, 0.3, 12.0).device.type == "meta"
+
+
 def test_turning_about_a_subject_keeps_its_middle_in_the_middle():
     camera, lens = cameras((0.0, 0.0), distance=12.0)
     turned = render.turn_about(camera[:, 0, None], 0.5, 12.0)          # one part, at rest
     torch.testing.assert_close(turned[0, 0], render.orbit(
         torch.tensor(0.5, dtype=F64), torch.tensor(0.0, dtype=F64), 12.0), rtol=0, atol=1e-12)
+    raised = render.turn_about(camera[0, 0], 0.5, 12.0, 0.3)
+    torch.testing.assert_close(raised, render.orbit(
+        *torch.tensor([0.5, 0.3], dtype=F64), 12.0), rtol=0, atol=1e-12)
     M = moved(camera[0, 0], 1, 0.8, (0.1, 0.2, 0.3))
     ahead = torch.tensor([0.0, 0, -12], dtype=F64)
     for pose in (M, render.turn_about(M, 0.5, 12.0, 0.2)):
