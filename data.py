@@ -2,7 +2,7 @@
 
 Paper:      Sec. 3.1 (2D images with masks and cameras are all that the method sees), Sec. 4.1.
 Shapes:     F frames, S image side, N objects, V views of one object, P primitives, K points.
-Simplified: everything sits in memory as uint8 (24 KiB a frame at 64x64): Objaverse would not fit.
+Simplified: everything sits in memory as uint8 (16 KiB a frame at 64x64): Objaverse would not fit.
 Read next:  render.py, whose first page holds the conventions (camera axes, pixel centres, cube).
 In it:      What every source becomes, and Load: at a first reading, these are all. Between them a
             section a source: objects and puppets that are made up, photos, clips.
@@ -58,10 +58,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_cli(main):
-    """Call main(); a BadInput becomes one line on stderr and exit status 2, not a traceback."""
+    """Call main(); a BadInput, or a file that cannot be read or made, becomes one line on stderr and
+    exit status 2, not a traceback."""
     try:
         main()
-    except BadInput as err:
+    except (BadInput, OSError) as err:
         print("error: " + " ".join(str(err).split()), file=sys.stderr)
         sys.exit(2)
 
@@ -927,10 +928,16 @@ def coil_object(files, size, skipped):
     about the width seen a quarter turn later.
     """
     degrees = np.array(sorted(files))
-    photos = np.stack([read_image(files[d]) for d in degrees])       # (V, S, S, 4)
+    photos = [read_image(files[d]) for d in degrees]
+    for d, photo in zip(degrees, photos):
+        h, w, _ = photo.shape
+        if h != w or w < 8 or photo.shape != photos[0].shape:
+            raise BadInput(f"{files[d]}: {w}x{h} pixels; an object's photos must be square, all of "
+                           "one size, 128x128 in COIL-100")
+        if photo[..., :3].max() <= COIL_THRESHOLD[0]:
+            raise BadInput(f"{files[d]}: this view is black: its mask is empty")
+    photos = np.stack(photos)                                        # (V, S, S, 4)
     photos[..., 3] = 255 * coil_masks(photos[..., :3])
-    if not photos[..., 3].any((1, 2)).all():
-        raise BadInput(f"{files[degrees[0]]}: a view of this object is black: its mask is empty")
     left, right, top, bottom = mask_box(torch.from_numpy(photos[..., 3])).numpy().T
     width, height, S = right - left, bottom - top, photos.shape[1]
     turn = (degrees[:, None] + 90 - degrees) % 360
@@ -968,8 +975,9 @@ def find_clips(folder, clip_filter):
 
 def read_frames(path):
     """A clip's frames (H, W, 3 or 4) uint8, one by one: a video need not fit in memory."""
-    if path.is_dir():
-        yield from map(read_masked, photos_in(path))
+    if path.is_dir():                    # frame 2 comes before frame 10
+        yield from map(read_masked, sorted(photos_in(path), key=lambda photo: [
+            int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", photo.name)]))
     elif path.suffix.lower() in PHOTOS:
         strip = read_image(path)
         yield from np.split(strip, strip.shape[1] // len(strip), 1)
@@ -1048,6 +1056,9 @@ def clip_object(path, clip_filter, size, skipped):
         frames = frames[len(frames) // 10:len(frames) - len(frames) // 10]
     if frames[..., 3].min() == 255:
         frames[..., 3] = 255 * subtract_background(frames[..., :3], path)
+    unmasked = frames[..., 3].min((1, 2)) == 255          # masks/ may lack some
+    skipped["frames have no mask"] += int(unmasked.sum())
+    frames = frames[~unmasked]
     masks = torch.from_numpy(frames[..., 3])
     if (empty := (masks.amax((1, 2)) <= 127).sum()) > len(masks) - 2:
         raise BadInput(f"{path}: nothing stands before the background in {empty} of its "
@@ -1170,7 +1181,7 @@ def load(source, size, holdout=6, seed=0, n_objects=128, n_views=24, objects=Non
                        "provide an alpha channel, or a folder masks/ beside images/ with white "
                        "objects on black, of the same names")
     names, rgba, poses, intrinsics, captions, known = map(list, zip(*built))
-    if Path(source).is_dir():
+    if str(source) not in ("synthetic", "puppets"):
         own = read_captions(Path(source), present)
         captions = [own.get(name) for name in names]
     n_frames = torch.tensor([len(pictures) for pictures in rgba])

@@ -190,8 +190,11 @@ def place_samples(near, far, n_samples, jitter=None):
     """n_samples positions on every ray: near, far (B, R) -> t (B, R, S), edges (B, R, S+1)."""
     fraction = torch.linspace(0, 1, n_samples + 1, dtype=near.dtype, device=near.device)
     edges = near[..., None] + (far - near)[..., None] * fraction
+    if near.is_cuda and jitter is not None:   # millions of numbers: let the GPU draw them
+        jitter = torch.Generator(near.device).manual_seed(
+            int(torch.randint(2**62, (), generator=jitter)))
     share = 0.5 if jitter is None else torch.rand(
-        edges[..., 1:].shape, generator=jitter, dtype=near.dtype).to(near.device)
+        edges[..., 1:].shape, generator=jitter, dtype=near.dtype, device=near.device)
     return edges[..., :-1] + edges.diff(dim=-1) * share, edges
 
 

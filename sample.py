@@ -72,6 +72,8 @@ def load_checkpoint(run, stage, resume=False):
         raise BadInput(f"{path} is a checkpoint of stage {found}, not {stage}; did files get "
                        "renamed?")
     needs = SAMPLING_NEEDS[stage] + (RESUMING_NEEDS[stage] if resume else ())
+    if stage == 1 and (checkpoint.get("settings") or {}).get("parts"):
+        needs += ("posenet", "poses")
     if lacking := [key for key in needs if key not in checkpoint]:
         raise BadInput(f"{path} lacks {', '.join(lacking)}: it is damaged, or of another version; "
                        "train again")
@@ -139,14 +141,15 @@ def restore(make, state, path):
 def load_run(run, device="cpu", stages=(1, 2)):
     """Rebuilds what training left in the folder RUN, ready to generate.
 
-    returns a namespace: settings (dict), autodecoder, view (dict: distance, elevation), names,
+    returns a namespace: settings (dict), data_settings (stage 1's, whose --seed may have been
+    another: it made the objects), autodecoder, view (dict: distance, elevation), names,
     captions, source (of the data), posenet (None where cameras are known), poses (T, P, 4, 4) of a
     training clip and, with stage 2, denoiser (the EMA weights), normalizer and encode (of text, or
     None)
     """
     first = load_checkpoint(run, 1)
     s = first["settings"]
-    out = SimpleNamespace(settings=s, device=device, **{
+    out = SimpleNamespace(settings=s, data_settings=s, device=device, **{
         key: first[key] for key in ("names", "captions", "view", "source")})
     out.autodecoder = restore(lambda: build_autodecoder(s, len(first["names"])), first["model"],
                               f"{run}/stage1.pt").to(device).eval().requires_grad_(False)
@@ -176,20 +179,20 @@ def load_dataset(s, source):
 
 
 OF_SAMPLES = ("fd", "kd", "cov", "mmd", "nna", "memorization", "empty", "text_", "features",
-              "seconds_sampling", "seconds_per_sample", "seconds_evaluation")
+              "samples", "views", "seconds_per_sample", "seconds_evaluation")
 
 
-def add_metrics(run, settings, anew=False, **values):
+def add_metrics(run, settings, drop=(), **values):
     """Adds flat numbers to RUN/metrics.json, beside all settings (a dict).
 
-    anew: stage 2 was trained anew, so that scores of what the old one made are dropped
+    drop: beginnings of the names of older numbers that are no longer true
     """
     path = Path(run) / "metrics.json"
     try:
         metrics = json.loads(path.read_text()) if path.exists() else {}
     except ValueError:
         metrics = {}                                     # damaged: it is written anew
-    metrics = {k: v for k, v in metrics.items() if not (anew and k.startswith(OF_SAMPLES))} | values
+    metrics = {k: v for k, v in metrics.items() if not k.startswith(tuple(drop))} | values
     metrics["seconds_total"] = round(sum(metrics.get(f"seconds_{part}", 0.0) for part in (
         "data", "stage1", "stage2", "sampling")), 1)
     metrics["peak_memory_gib"] = round(
@@ -224,6 +227,7 @@ def sample_latents(run, noise, steps=64, churn=0.0, seed=0, watch=None, chunk=64
     """Noise (n, C, D, H, W), unit normal -> latents F of new objects, ready for decode_volume.
 
     prompts: n texts, followed as strongly as guidance says; None: unconditional
+    churn: the paper only says that there is some; with EDM's values for it, those of ImageNet-64
     Sample i depends on noise i, seed and i alone, however many there are.
     """
     fresh, parts = [stream(seed, f"churn {i}") for i in range(len(noise))], []
@@ -364,7 +368,8 @@ def image_features(images, chunk=256):
     """Features of pictures (n, 3, H, W) in [0, 1] -> (n, 240): means of a random network's maps.
 
     OURS: Inception cannot be had without a download. Distances are comparable among themselves,
-    for pictures of the same size, and with no published FID.
+    for pictures of the same size, and with no published FID. Why they mean something all the same:
+    see autodecoder.RandomFeatures.
     """
     network = RandomFeatures()
     return torch.cat([torch.cat([m.mean((2, 3)) for m in network(part)], 1)
@@ -378,7 +383,8 @@ LPIPS_FILE = "vgg.pth"                       # the linear layers of lpips v0.1, 
 def load_weights(flag, path, file):
     """A file of weights, which may come from a stranger -> dict; BadInput where it is none."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(weights.items())
     except Exception as error:               # the unpickler of a damaged file raises anything
         raise BadInput(f"{flag} {path}: not a file of weights ({type(error).__name__}); expected "
                        f"{file}") from None
@@ -397,7 +403,7 @@ def load_inception(path):
     load_weights("--inception", path, INCEPTION_FILE)
     try:
         network = FeatureExtractorInceptionV3("inception", ["2048"], str(path))
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise BadInput(f"--inception {path}: not Inception's weights; expected "
                        f"{INCEPTION_FILE}") from None
     return lambda images: torch.cat([network((part * 255).round().byte())[0]
@@ -590,8 +596,10 @@ def shape_metrics(generated, reference, apart=None):
 
     cov  share of reference shapes that are the nearest one of some generated shape (Eq. 4)
     mmd  mean over reference shapes of the distance to the nearest generated one (Eq. 5)
-    nna  share of all shapes whose nearest neighbour is of their own kind: 0.5 is ideal, 1 means
-         that the two sets can be told apart (Lopez-Paz & Oquab 2017)
+    nna  share of all shapes whose nearest neighbour is of their own kind; 1 means that the two
+         sets can be told apart (Lopez-Paz & Oquab 2017). Ideal, of sets from one distribution:
+         (n (n - 1) + m (m - 1)) / ((n + m) (n + m - 1)), 0.5 if n = m, 0.55 for 256 and 128
+    TRAP: more generated shapes make a better cov and mmd: compare equal n only.
     """
     for name, clouds in (("generated", generated), ("reference", reference)):
         if clouds.ndim != 3 or clouds.shape[2] != 3 or len(clouds) < 2:
@@ -612,7 +620,8 @@ def surface_points(volume, n, seed=0, samples=192):
     the light; None for an empty volume.
 
     Lines through two random points of a sphere enter a surface in proportion to its area (Crofton):
-    each place where one does is a point.
+    each place where one does is a point. OURS: the paper takes its points from meshes of marching
+    cubes; so no mesh is needed.
     """
     generator, volume = torch.Generator().manual_seed(seed), volume.cpu()
     level, found = math.log(2) * volume.shape[-1] / 2, torch.zeros(0, 3)
@@ -747,7 +756,7 @@ def score_text(run, reader, n, steps, churn, guidance, seed):
     ..._true    the same for true pictures of such objects: what the reader can give at most
     text_diversity  median difference (see looks) of two objects made of the same caption
     """
-    s, known = run.settings, set(run.captions)
+    s, known = run.data_settings, set(run.captions)
     unseen = data.load("synthetic", s["size"], 0, s["seed"], s["n_objects"] + 2 * n, 8)
     pick = [k for k in range(s["n_objects"], unseen.n_objects)
             if unseen.captions[k] not in known][:n]
@@ -782,6 +791,7 @@ def evaluate(run, dataset, n, views, steps, churn, seed, shapes=True, baselines=
     """What is generated against the training data, and baselines against the same -> dict.
 
     fd, kd         Frechet and kernel distance of n samples x `views` renders to all training views
+                   (OURS: all of them; the paper takes ten of each object and 1,000 samples)
     cov, mmd, nna  see shape_metrics, with shapes: against the true shapes, or where nobody knows
                    them, against the decoded training objects
     empty          share of samples without any surface: they have no part in these three
@@ -793,8 +803,14 @@ def evaluate(run, dataset, n, views, steps, churn, seed, shapes=True, baselines=
     def made(one):
         return decode(one, sample_latents(one, latent_noise(one, n, seed + 1), steps, churn, seed))
 
-    trained, began = decode(run, training_latents(run)), time.time()
-    ours, seconds = made(run), (time.time() - began) / n
+    def now():                               # when a GPU has done what it was told to do
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.time()
+
+    trained = decode(run, training_latents(run))
+    began, ours = now(), made(run)
+    seconds = (now() - began) / n
     variants = {"": ours} | ({"_voxel": made(voxel)} if voxel else {})
     if baselines:
         variants |= {"_direct": decode(run, direct_latents(run, n, seed, "fitted")),
@@ -805,7 +821,8 @@ def evaluate(run, dataset, n, views, steps, churn, seed, shapes=True, baselines=
     if shapes:
         reference = clouds(dataset, trained)
         reference_apart = nearest_clouds(reference, reference, same=True)
-    known, scores = looks(run, trained), {"seconds_per_sample": round(seconds, 4)}
+    known = looks(run, trained)
+    scores = {"samples": n, "views": views, "seconds_per_sample": round(seconds, 4)}
     for key, volumes in variants.items():
         ours = rendered_features(run, volumes, dataset, views, features=features)
         scores[f"fd{key}"] = round(frechet_distance(ours, true), 5)
@@ -1025,7 +1042,7 @@ def save_sample_sheet(folder, run, volumes, training_volumes):
 def load_driving(run, clip):
     """Poses of a clip (its name in the run's data, or a path) become run.poses, which all figures
     show subjects in -> its frames over white (T, 3, H, W)."""
-    s, path = run.settings, Path(clip)
+    s, path = run.data_settings, Path(clip)
     source, name = run.source, clip
     if path.exists():
         source, name = path.parent, path.name if path.is_dir() else path.stem
@@ -1168,7 +1185,7 @@ def save_mesh(path, volume):
     The surface is put where one voxel stops half of the light. Needs scikit-image.
     """
     marching_cubes = find_marching_cubes()
-    volume = volume.cpu()
+    volume = volume[:4].cpu()                              # without skinning
     side = volume.shape[-1]
     density = F.pad(volume[0], (1,) * 6).numpy()           # padded: the surface is always closed
     level = math.log(2) * side / 2
@@ -1210,14 +1227,16 @@ def save_samples(run, folder, n, steps, seed, churn, direct="", prompt=None, gui
     return volumes, paths + save_turntable(run, volumes, folder)
 
 
-def save_interpolation(run, folder, seeds, steps, size=96, frames=36):
+def save_interpolation(run, folder, seeds, steps, prompt=None, guidance=3.0, size=96, frames=36):
     """A film between the objects of two seeds, along the arc between their noises -> paths."""
     a, b = (latent_noise(run, 1, seed).double() for seed in seeds)
     angle = torch.acos((F.normalize(a.flatten(), dim=0) @ F.normalize(b.flatten(), dim=0)))
     share = torch.linspace(0, 1, frames, dtype=torch.float64)[:, None, None, None, None]
     # On the arc, not on the chord: noise half-way along a straight line would be too short.
     noise = (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
-    volumes = decode(run, sample_latents(run, noise.float(), steps))       # no churn: a smooth map
+    volumes = decode(run, sample_latents(                                 # no churn: a smooth map
+        run, noise.float(), steps, guidance=guidance,
+        prompts=None if prompt is None else [prompt] * frames))
     pictures = on_white(render_views(run, volumes, [0.6], size))[:, 0]
     paths = save_film(folder, "interpolation", torch.cat([pictures, pictures.flip(0)]))
     sheet = Path(folder) / "interpolation.png"
@@ -1227,14 +1246,15 @@ def save_interpolation(run, folder, seeds, steps, size=96, frames=36):
 
 def evaluate_run(run, args, steps, churn, guidance):
     """--evaluate: prints all scores, and adds them to the run's metrics.json."""
-    if args.n < 2 or args.n * args.views <= FEATURES:
+    needed = 2048 if args.inception else FEATURES
+    if args.n < 2 or args.n * args.views <= needed:
         raise BadInput(f"--evaluate: {args.n} samples x {args.views} views are too few for the "
-                       f"covariance of {FEATURES} features: --n {max(2, FEATURES // 10 + 1)} "
+                       f"covariance of {needed} features: --n {max(2, needed // 10 + 1)} "
                        "--views 10 is the least, --n 256 is usual")
     lpips = load_lpips(*args.lpips) if args.lpips else None
     features = load_inception(args.inception) if args.inception else image_features
     began, s = time.time(), run.settings
-    dataset = load_dataset(s, run.source)
+    dataset = load_dataset(run.data_settings, run.source)
     if dataset.names != run.names:
         raise BadInput(f"--evaluate: {run.source} no longer holds the objects of {args.run}")
     voxel = load_run(args.voxel, run.device) if args.voxel else None
@@ -1245,12 +1265,13 @@ def evaluate_run(run, args, steps, churn, guidance):
                        baselines=args.baselines, voxel=voxel, features=features)
     scores["features"] = "inception" if args.inception else "random"
     if run.encode and run.source == "synthetic":
-        scores |= score_text(run, reader_of(args.run, s), min(args.n, 128), steps, churn, guidance,
+        scores |= score_text(run, reader_of(args.run, run.data_settings), min(args.n, 128), steps, churn, guidance,
                              args.seed)
     folder = Path(args.out or args.run)
     folder.mkdir(parents=True, exist_ok=True)
     s = s | {"sample_steps": steps, "churn": churn, "guidance": guidance}
-    add_metrics(folder, s, seconds_evaluation=round(time.time() - began, 1), **scores)
+    scores["seconds_evaluation"] = round(time.time() - began, 1)
+    add_metrics(folder, s, OF_SAMPLES, **scores)
     print_scores(scores)
     print(f"wrote {folder / 'metrics.json'}")
 
@@ -1267,10 +1288,11 @@ def compare_runs(folders, path):
     for folder in folders:
         try:
             runs.append(json.loads((Path(folder) / "metrics.json").read_text()))
-            runs[-1]["settings"]["seed"]
+            runs[-1]["settings"] |= {key: runs[-1].get(key) for key in ("samples", "views")}
         except (OSError, ValueError, KeyError, TypeError):
             raise BadInput(f"--compare {folder}: no metrics.json that training or --evaluate "
                            "wrote") from None
+    # How many samples were scored is part of a kind, too: distances are biased by their number.
     differ = [name for name in runs[0]["settings"]
               if name not in ("seed", "log_every", "save_every")
               and len({str(run["settings"].get(name)) for run in runs}) > 1]
@@ -1291,11 +1313,15 @@ def compare_runs(folders, path):
                 found[name] = values[len(values) // 2], values[0], values[-1]
             table[-1].append("{:.4g} ({:.4g}, {:.4g})".format(*found[name]) if values else "-")
         (seconds, *_), (fd, low, high) = found["seconds_per_sample"], found["fd"]
+        if math.isnan(seconds + fd):
+            continue                                      # stage 1 alone has no such point
         curves.setdefault(title(group[0], [n for n in differ if n != "sample_steps"]), []).append(
             (seconds, fd, fd - low, high - fd))
     widths = [max(map(len, column)) + 2 for column in zip(*table)]
     for row in table:
         print(row[0].ljust(widths[0]) + "".join(map(str.rjust, row[1:], widths[1:])))
+    if not curves:
+        return
     figure, axis = plt.subplots(figsize=(8, 5), constrained_layout=True)
     for label, points in curves.items():
         x, y, *spread = zip(*sorted(points))
@@ -1317,7 +1343,7 @@ def choose_device(name):
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise BadInput(f"--device {name} is not available here; try --device cpu") from None
     return name
@@ -1361,9 +1387,12 @@ def parse(arguments=None):
     args = parser.parse_args(arguments)
     if args.n < 1 or args.steps < 0:
         raise BadInput("--n and --steps must be at least 1")
-    if args.interpolate and args.direct:
-        raise BadInput("--interpolate is between noises; it does not go with --direct")
+    if not (0 <= (args.churn or 0) < math.inf and math.isfinite(args.guidance or 0)):
+        raise BadInput("--churn must be 0 or more, and both it and --guidance finite")
     first_only = args.direct or args.identity is not None
+    if args.interpolate and (first_only or args.interpolate[0] == args.interpolate[1]):
+        raise BadInput("--interpolate is between the noises of two seeds; it does not go with "
+                       "--direct or --identity")
     if args.prompt is not None and first_only:
         raise BadInput("--prompt is for what diffusion makes, not --direct or --identity")
     if args.evaluate and (first_only or args.prompt is not None):
@@ -1405,7 +1434,7 @@ def main(arguments=None):
     if run.posenet is not None:
         paths += save_motion(run, folder, volumes[:1], driving)
     if args.interpolate:
-        paths += save_interpolation(run, folder, args.interpolate, steps)
+        paths += save_interpolation(run, folder, args.interpolate, steps, args.prompt, guidance)
     if args.mesh:
         for i, volume in enumerate(volumes):
             paths.append(folder / f"sample{i}.ply")

@@ -3,7 +3,7 @@
     python train.py                      both stages and a first sampling, built-in objects, minutes
     python train.py --stage 1 --data PHOTOS
     python train.py --stage 2 --data PHOTOS
-    python train.py --help               every setting, with its default
+    python train.py --help               every setting, with its value in `tiny`
 
 Paper: Sec. 3.2 (stage 1), Sec. 3.3 (stage 2), Tab. 5 and App. C.2 (the paper-* presets).
 Shapes: B objects a step, V views of each, C channels, H = W side of a picture, N dataset objects.
@@ -45,9 +45,11 @@ def option(default, group, help):
 
 @dataclass
 class Settings:
-    """Everything a run depends on. The defaults are the paper's (Tab. 5, ShapeNet Chairs)."""
+    """Everything a run depends on. Defaults are the paper's (Tab. 5, ShapeNet Chairs) where it has
+    such a number; the presets override them."""
     size: int = option(64, "data", "side of the pictures in pixels")
-    holdout: int = option(6, "data", "every so manieth view is kept for scoring; 0: none")
+    holdout: int = option(6, "data", "every n-th view of an object, or the last 1/n of a clip, is "
+                          "kept for scoring; 0: none")
     objects: str = option("", "data", "use these objects only, e.g. obj2,obj5")
     n_objects: int = option(15576, "data", "how many synthetic objects to make")
     n_views: int = option(24, "data", "views of each synthetic object")
@@ -174,12 +176,13 @@ PRESETS = {
         window=32, lr_parts=1.0, finer_at=(0.2, 0.6), growth=(0.1, 0.15),
         detail=(0.1, 0.15, 0.35, 0.45), split_at=0.2, settle_at=0.3,
         pose_width=32, reach=(0.5, 0.75, 0.2)),
-    # One GPU, under an hour.
+    # One GPU; not measured yet.
     "small": dict(n_objects=1024, channels=256, volume_side=64, latent_side=8, decoder_depth=2,
                   n_samples=64, objects_per_step=16, steps_stage1=20_000, lr_stage1=1e-3,
                   finer_at=(0.2, 0.5), unet_channels=96, unet_multipliers=(2, 3),
                   steps_stage2=40_000, batch_size=64),
-    "paper-tables": dict(n_objects=1676, n_views=91, volume_side=128, decoder_depth=2),
+    "paper-tables": dict(n_objects=1676, n_views=91, volume_side=128, decoder_depth=2,
+                         codebooks=256),
     "paper-chairs": dict(n_objects=15576, n_views=200),
     "paper-celebv": dict(n_objects=44_400, n_views=373, decoder_depth=2, parts=10, rows=8192,
                          reprojection_weight=10.0, equivariance_weight=10.0, usage_weight=10.0,
@@ -188,6 +191,11 @@ PRESETS = {
     "paper-objaverse": dict(n_objects=300_000, n_views=6, rows=32768, transformer_depth=2,
                             foreground_weight=0.0, **PAPER_TEXT),
 }
+MAY_BE_ZERO = {"holdout", "arc", "codebooks", "parts", "foreground_weight", "perceptual_weight",
+               "lr_parts", "split_at", "settle_at", "reprojection_weight", "equivariance_weight",
+               "centre_weight", "distance_weight", "usage_weight", "camera_noise", "window",
+               "text_dropout", "transformer_depth", "dropout", "extreme", "churn", "guidance",
+               "seed"}                       # all other numbers must be positive
 CHOICES = {"norm": ("batch", "group"), "hash_rule": ("spread", "paper"),
            "normalization": ("robust", "meanstd", "none"), "space": ("latent", "volume")}
 
@@ -197,7 +205,8 @@ def parse(arguments=None):
     parser = data.Parser(description=__doc__.splitlines()[0], argument_default=None)
     add = parser.add_argument
     add("--stage", type=int, choices=[1, 2], help="one stage only (default: both, then sample)")
-    add("--data", default="synthetic", help="'synthetic' or a folder of photos (%(default)s)")
+    add("--data", default="synthetic", help="'synthetic', 'puppets', or a folder of photos or "
+        "clips (%(default)s)")
     add("--preset", choices=PRESETS, help="%(choices)s (default: tiny; for clips tiny-clips; for "
         "puppets, and where else cameras are learned, tiny-video)")
     add("--cameras", choices=["known", "learned"], help="learned: from nothing but the pictures "
@@ -217,7 +226,10 @@ def parse(arguments=None):
                 tuple: dict(type=number_list, metavar="A,B")}.get(
                     f.type, dict(type=f.type, metavar=f.type.__name__.upper(),
                                  choices=CHOICES.get(f.name)))
-        group.add_argument(*flags, help=f"{f.metadata['help']} (paper: {f.default})", **kind)
+        tiny = PRESETS["tiny"].get(f.name, f.default)
+        tiny = ",".join(map(str, tiny)) if f.type is tuple else tiny
+        group.add_argument(*flags, **kind, help=(
+            f"{f.metadata['help']} (tiny: {'empty' if tiny == '' else tiny})".replace("%", "%%")))
     args = parser.parse_args(arguments)
     made = args.data in ("synthetic", "puppets")
     args.preset = args.preset or (
@@ -242,31 +254,42 @@ def number_list(text):
 
 def check(s):
     """Settings that cannot work are refused here, before anything is read or written."""
-    for name in ("size", "n_objects", "n_views", "embed_dim", "channels", "start_side",
-                 "decoder_depth", "steps_stage1", "steps_stage2", "objects_per_step",
-                 "views_per_step", "n_samples", "batch_size", "sample_steps", "n_sheet",
-                 "log_every", "save_every", "lr_stage1", "lr_stage2", "sigma_data",
-                 "latent_scale", "ema_half_life"):
-        value = getattr(s, name)
-        if not (value > 0 and math.isfinite(value)):
-            raise BadInput(f"--{name.replace('_', '-')} must be positive, got {value}")
+    for f in dataclasses.fields(s):
+        value, zero = getattr(s, f.name), f.name in MAY_BE_ZERO
+        if f.type in (int, float) and not (0 < value < math.inf or value == 0 and zero):
+            raise BadInput(f"--{f.name.replace('_', '-')} must be "
+                           f"{'0 or more' if zero else 'positive'}, got {value}")
+    for name, lengths in (("betas", [2]), ("growth", [2]), ("body", [0, 3]), ("reach", [0, 3])):
+        if len(value := getattr(s, name)) not in lengths:
+            raise BadInput(f"--{name} takes {lengths[-1]} numbers, got {len(value)}")
+    if not all(isinstance(m, int) and m > 0 for m in s.unet_multipliers or [0]):
+        raise BadInput("--unet-multipliers must be whole numbers from 1 on, e.g. 1,2")
+    if s.holdout == 1:
+        raise BadInput("--holdout 1 would leave no view to learn from: 2 or more, or 0 for none")
+    if not all(0 <= x < 1 for x in (*s.betas, s.dropout, s.text_dropout)):
+        raise BadInput("--betas, --dropout and --text-dropout must be at least 0 and below 1")
     levels = int(math.log2(max(1, s.volume_side // s.latent_side)))
     if len(s.detail) % 2 or len(s.detail) > 2 * levels:
         raise BadInput(f"--detail: {len(s.detail)} numbers, but they are pairs of shares, at most "
                        f"one for each doubling from {s.latent_side}^3 to {s.volume_side}^3")
-    if min(s.parts, s.extreme, s.camera_noise) < 0:
-        raise BadInput("--parts, --extreme and --camera-noise cannot be below 0")
     if s.size % 2 ** len(s.finer_at):
         raise BadInput(f"--size {s.size} cannot be halved {len(s.finer_at)} times (--finer-at)")
+    if min(s.size >> len(s.finer_at), s.window or s.size) < 4:
+        raise BadInput("pictures of less than 4 pixels say nothing: a larger --size or --window, "
+                       "or a shorter --finer-at")
     try:
         with torch.device("meta"):                       # no memory, no time: shapes only
-            sample.build_autodecoder(vars(s), 2)
-            sample.build_denoiser(vars(s))
-    except ValueError as error:
-        raise BadInput(str(error)) from None
-
-
-# ---- Checkpoints, log, metrics ------------------------------------------------------------------
+            sides = sample.build_autodecoder(vars(s), 2).sides[1:]
+            channels, side = sample.diffused_shape(vars(s))
+            denoiser = sample.build_denoiser(vars(s), ["word"] * s.text)
+            text = denoiser.text([""]) if s.text else ()
+            denoiser(torch.zeros(1, channels, side, side, side), torch.ones(1), *text)
+    except (ValueError, RuntimeError, TypeError, AssertionError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"these settings do not fit together: {reason}") from None
+    if s.decoder_attention and not set(s.decoder_attention) & set(sides):
+        raise BadInput(f"--decoder-attention {','.join(map(str, s.decoder_attention))}: volumes "
+                       f"here have sides {', '.join(map(str, sides))}")
 
 
 def fit_to_data(s, cameras, dataset, source):
@@ -297,8 +320,18 @@ def fit_to_data(s, cameras, dataset, source):
     return s
 
 
+# ---- Checkpoints, log, metrics ------------------------------------------------------------------
+
+
 def save(path, checkpoint):
-    """Writes a checkpoint under a temporary name, then renames it: never a half-written file."""
+    """Writes a checkpoint under a temporary name, then renames it: never a half-written file.
+
+    A finite loss may have had gradients that are not: weights that are NaN never replace good ones.
+    """
+    for name, value in checkpoint.get("model", {}).items():
+        if not torch.isfinite(value).all():
+            raise BadInput(DIVERGED.format(f"stage {checkpoint['stage']}: {name} is not finite",
+                                           checkpoint["step"]))
     temporary = path.with_suffix(".tmp")
     torch.save(checkpoint, temporary)
     os.replace(temporary, path)
@@ -326,7 +359,7 @@ def same_settings(ours, theirs, groups, path):
     """Resuming needs the settings that the checkpoint was made with; says which one differs."""
     free = {"steps_stage1", "steps_stage2", "log_every", "save_every"}
     for f in dataclasses.fields(Settings):
-        if f.metadata["group"] in groups and f.name not in free:
+        if (f.metadata["group"] in groups or f.name == "seed") and f.name not in free:
             a, b = getattr(ours, f.name), theirs.get(f.name, f.default)
             if a != (tuple(b) if isinstance(b, list) else b):
                 raise BadInput(f"--{f.name.replace('_', '-')} is {a} here but {b} in {path}; give "
@@ -361,6 +394,9 @@ def plot_log(run):
     plt.close(figure)
 
 
+DIVERGED = "{} at step {}; the last good checkpoint is kept; try a lower learning rate"
+
+
 class Progress:
     """One line on the screen and one row in log.csv, every log_every steps."""
 
@@ -371,8 +407,7 @@ class Progress:
 
     def __call__(self, step, loss, mse=None, size=""):
         if not math.isfinite(loss):
-            raise BadInput(f"stage {self.stage}: the loss is {loss} at step {step}; the last good "
-                           "checkpoint is kept; try a lower learning rate")
+            raise BadInput(DIVERGED.format(f"stage {self.stage}: the loss is {loss}", step))
         self.losses.append(loss)
         self.mses += [mse] if mse is not None else []
         if step % self.log_every and step != self.steps:
@@ -414,7 +449,7 @@ def draw_frames(dataset, k, views, generator):
 
 
 def score_mean_frame(dataset):
-    """The same with the mean training frame of each clip as the prediction."""
+    """PSNR of held-out frames, dB, where each clip's mean training frame is the prediction."""
     size, psnr = dataset.images.shape[1], []
     for k in range(dataset.n_objects):
         mean = dataset.batch(dataset.frames_of(k, heldout=False), size)[0].mean(0)
@@ -478,7 +513,7 @@ def start_stage1(s, dataset, run, device, source, resume):
     else:
         (run / "metrics.json").unlink(missing_ok=True)
         if path.exists():
-            os.replace(path, path.with_suffix(".old"))    # nothing is lost
+            os.replace(path, path.with_suffix(".old"))    # the last one is kept
     return at
 
 
@@ -532,7 +567,10 @@ def learned_cameras(s, at, dataset, frames):
     """What the pose network sees in frames (B, V): cameras (B, V, P, 4, 4), and its own losses."""
     size = min(64, dataset.images.shape[1])
     pictures = dataset.batch(frames.flatten(), size)[0].to(at.device)            # (B V, 3, 64, 64)
-    cameras, u, losses = at.posenet(pictures, settled=at.step > s.settle_at * s.steps_stage1)
+    try:
+        cameras, u, losses = at.posenet(pictures, settled=at.step > s.settle_at * s.steps_stage1)
+    except torch.linalg.LinAlgError:                      # points that are not finite
+        raise BadInput(DIVERGED.format("stage 1: poses are not finite", at.step + 1)) from None
     # OURS: of one view of each object, or this would cost as much as all the rest.
     one = slice(None, None, frames.shape[1])
     losses["equivariance"] = autodecoder.equivariance_loss(
@@ -548,7 +586,8 @@ def train_stage1(s, dataset, run, device, source, resume=False):
     """
     features = autodecoder.build_features(s.perceptual, device)
     at = start_stage1(s, dataset, run, device, source, resume)
-    log = Progress(run, 1, at.step, s.steps_stage1, s.log_every)
+    if at.step < s.steps_stage1:                          # else the log has rows of stage 2 to keep
+        log = Progress(run, 1, at.step, s.steps_stage1, s.log_every)
     began = time.time() - at.seconds
     while at.step < s.steps_stage1:
         follow_schedule(s, at)
@@ -627,6 +666,7 @@ def start_stage2(s, run, device, resume):
     s = dataclasses.replace(s, **{f.name: first["settings"].get(f.name, f.default)
                                   for f in dataclasses.fields(Settings)
                                   if f.metadata["group"] in ("data", "decoder", "stage 1")})
+    check(s)                                              # once more: the latents may be others
     decoder.settings = vars(s)
     if len(decoder.names) < 2:
         raise BadInput("stage 2 learns a distribution of objects; one object has none. Use "
@@ -739,15 +779,16 @@ def train_stage2(s, run, device, resume=False):
                 "m": at.normalizer.m, "s": at.normalizer.s, "vocabulary": at.vocabulary,
                 "random": random_states(at.generator)})
             plot_log(run)
-    sample.add_metrics(run, vars(s), anew=True, seconds_stage2=round(at.seconds, 1),
-                       steps_stage2=at.step, latent_median=float(at.normalizer.m.mean()),
+    sample.add_metrics(run, vars(s), (*sample.OF_SAMPLES, "seconds_sampling"),
+                       seconds_stage2=round(at.seconds, 1), steps_stage2=at.step,
+                       latent_median=float(at.normalizer.m.mean()),
                        latent_iqr=float(at.normalizer.s.mean()))
 
 
-def first_sampling(s, dataset, run):
+def first_sampling(s, dataset, run, device):
     """Sheets, turntable, the strip from noise to object and Frechet distances -> paths."""
     began = time.time()
-    trained = sample.load_run(run)
+    trained = sample.load_run(run, device)
     sample.save_noise_strip(run / "noise_to_object.png", trained, steps=s.sample_steps)
     volumes, paths = sample.save_samples(trained, run / "samples", s.n_sheet, s.sample_steps,
                                          s.seed, s.churn)
@@ -763,14 +804,14 @@ def take_decoder(args):
     """--decoder RUN: copies its stage1.pt to --out, so that stage 2 can be tried in many ways."""
     if args.stage != 2:
         raise BadInput("--decoder goes with --stage 2: it takes the place of stage 1")
-    sample.load_checkpoint(args.decoder, 1)
-    if Path(args.decoder).resolve() != args.out.resolve():
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / "stage1.pt"
-        shutil.copy(Path(args.decoder) / "stage1.pt", path.with_suffix(".tmp"))
-        if path.exists():
-            os.replace(path, path.with_suffix(".old"))    # nothing is lost
-        os.replace(path.with_suffix(".tmp"), path)
+    theirs, path = sample.load_checkpoint(args.decoder, 1)["fingerprint"], args.out / "stage1.pt"
+    if path.exists() and sample.load_checkpoint(args.out, 1)["fingerprint"] == theirs:
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    shutil.copy(Path(args.decoder) / "stage1.pt", path.with_suffix(".tmp"))
+    if path.exists():
+        os.replace(path, path.with_suffix(".old"))        # the last one is kept
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -791,10 +832,7 @@ def main(arguments=None):
               f"{int((~dataset.heldout).sum())} training and {int(dataset.heldout.sum())} held-out "
               f"views, {s.size}x{s.size}, {time.time() - began:.0f} s")
         seconds = time.time() - began
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"--out {args.out} cannot be made: {error.strerror}") from None
+        args.out.mkdir(parents=True, exist_ok=True)
         s = fit_to_data(s, args.cameras, dataset, args.data)
         shaken = shake_cameras(dataset, s.camera_noise, s.seed) if s.camera_noise else dataset
         train_stage1(s, shaken, args.out, device, args.data, args.resume)
@@ -804,7 +842,7 @@ def main(arguments=None):
         train_stage2(s, args.out, device, args.resume)
         paths += [args.out / "latents.png", args.out / "loss.png"]
     if args.stage is None and dataset.n_objects >= 2:
-        paths += first_sampling(s, dataset, args.out)
+        paths += first_sampling(s, dataset, args.out, device)
     print("wrote " + ", ".join(str(p) for p in dict.fromkeys(paths)))
 
 

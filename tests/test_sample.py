@@ -381,7 +381,8 @@ def test_the_mesh_of_a_ball_has_its_place_volume_colour_and_faces_outward(tmp_pa
     volume = torch.zeros(4, 32, 32, 32)
     volume[0] = ((R - r) * 16 + 0.5).clamp(0, 1) * 2 * math.log(2) * 16    # half of it at r = R
     volume[1:, r < R + 0.05] = torch.tensor([[1.0], [0.5], [0.0]])
-    sample.save_mesh(tmp_path / "m.ply", volume)
+    skinning = torch.rand(2, 32, 32, 32)                                     # is not looked at
+    sample.save_mesh(tmp_path / "m.ply", torch.cat([volume, skinning]))
     lines = (tmp_path / "m.ply").read_text().splitlines()
     n = int(next(line for line in lines if "vertex" in line).split()[-1])
     start = lines.index("end_header") + 1
@@ -468,9 +469,25 @@ def test_flags_that_cannot_work_are_refused_before_anything_is_made(folder):
                           (["--prompt", "a red chair", "--identity", "0"], "--prompt"),
                           (["--prompt", "a red chair"], "--text"),
                           (["--interpolate", "1", "2", "--direct", "normal"], "--interpolate"),
+                          (["--interpolate", "1", "2", "--identity", "0"], "--identity"),
+                          (["--interpolate", "3", "3"], "two seeds"),
+                          (["--churn", "-5"], "--churn"), (["--churn", "nan"], "--churn"),
+                          (["--guidance", "inf"], "--guidance"), (["--device", "meta"], "meta"),
                           (["--drive", "0003"], "do not move"), (["--views", "x"], "--views")]:
         refused(lambda: sample.main(["--run", str(folder), *flags]), *words)
     assert sorted(p.name for p in folder.iterdir()) == ["stage1.pt", "stage2.pt"]
+
+
+def test_an_interpolation_begins_and_ends_at_the_samples_of_its_seeds(folder, monkeypatch):
+    run, shown = sample.load_run(folder), []
+    run.denoiser.unet.last[-1].weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(sample, "decode", lambda run, latents: shown.append(latents) or
+                        torch.zeros(len(latents), 4, 16, 16, 16))
+    sample.save_interpolation(run, folder, (1, 2), 3)
+    ends = torch.cat([sample.latent_noise(run, 1, seed) for seed in (1, 2)])
+    torch.testing.assert_close(shown[0][[0, -1]], sample.sample_latents(run, ends, 3), rtol=1e-4,
+                               atol=1e-4)
+    assert (shown[0][18] - shown[0][0]).norm() > 1 and shown[0].isfinite().all()
 
 
 # ---- Weights that somebody else trained ---------------------------------------------------------
@@ -511,6 +528,8 @@ def test_lpips_is_its_formula_and_says_which_file_is_wrong(tmp_path):
     refused(lambda: sample.load_lpips(tmp_path / "vgg.pth", tmp_path / "vgg.pth"), "vgg16-397923af")
     refused(lambda: sample.load_lpips(tmp_path / "vgg16.pth", tmp_path / "no.pth"), "no.pth")
     refused(lambda: sample.load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg16.pth"), "vgg.pth")
+    torch.save(torch.zeros(3), tmp_path / "one.pth")                          # no dict
+    refused(lambda: sample.load_lpips(tmp_path / "one.pth", tmp_path / "vgg.pth"), "one.pth")
 
 
 def test_inception_without_torch_fidelity_says_what_to_install(tmp_path, monkeypatch):
@@ -542,3 +561,19 @@ def test_compared_runs_are_grouped_by_what_differs_and_summed_up_over_seeds(tmp_
     assert rows[2][:6] == ["decoder_depth", "4", "1", "0.5", "(0.5,", "0.5)"]
     assert (tmp_path / "compare.png").stat().st_size > 1000
     refused(lambda: sample.main(["--compare", str(tmp_path)]), "metrics.json", str(tmp_path))
+
+
+def test_runs_of_stage_1_alone_and_of_other_numbers_of_samples_are_kept_apart(tmp_path, capsys):
+    for name, numbers in (("a", {}), ("b", {}), ("c", {"fd": 1.0, "samples": 128}),
+                          ("d", {"fd": 2.0, "samples": 256})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(
+            {"psnr_heldout": 20.0, "settings": {"seed": 0}} | numbers))
+    runs = [str(tmp_path / name) for name in "abcd"]
+    sample.main(["--compare", *runs[:2], "--out", str(tmp_path)])            # nothing to draw
+    assert not (tmp_path / "compare.png").exists()
+    capsys.readouterr()
+    sample.main(["--compare", *runs, "--out", str(tmp_path)])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[:3] for row in rows[1:4]] == [
+        ["samples", "None", "2"], ["samples", "128", "1"], ["samples", "256", "1"]]

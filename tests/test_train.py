@@ -60,6 +60,35 @@ def test_resumed_run_has_the_bits_of_one_that_was_never_stopped(tmp_path, monkey
         assert rows[0] == rows[1]
 
 
+def test_resuming_goes_on_in_the_middle_of_a_round_of_objects(tmp_path, monkeypatch):
+    flags = "--stage", "1", "--steps", "8", "--n-objects", "6", "--objects-per-step", "2"
+    run(*flags, "--save-every", "5", out=tmp_path / "whole")         # rounds have 3 steps
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags, "--save-every", "5", out=tmp_path / "halves")
+    assert len(sample.load_checkpoint(tmp_path / "halves", 1)["order"]) == 2
+    run(*flags, "--save-every", "5", out=tmp_path / "halves", resume=True)
+    a, b = weights(tmp_path / "whole", 1), weights(tmp_path / "halves", 1)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_both_stages_resumed_at_once_keep_the_whole_log(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "first_sampling", lambda *_: [])
+        run("--steps", "8", out=tmp_path / "whole")
+        run("--stage", "1", "--steps", "8", out=tmp_path / "halves")
+        interrupt_at(patch, 6)
+        with pytest.raises(KeyboardInterrupt):
+            run("--stage", "2", "--steps", "8", out=tmp_path / "halves")
+        patch.undo()
+        patch.setattr(train, "first_sampling", lambda *_: [])
+        run("--steps", "8", out=tmp_path / "halves", resume=True)
+    rows = [[r[:4] for r in csv.reader(open(tmp_path / name / "log.csv"))]
+            for name in ("whole", "halves")]
+    assert rows[0] == rows[1] and len(rows[0]) == 9
+
+
 def test_same_seed_same_numbers_and_another_seed_others(tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         run("--stage", "1", "--steps", "4", "--seed", seed, out=tmp_path / name)
@@ -169,8 +198,33 @@ def call(*arguments):
     return done.returncode, done.stderr
 
 
+@pytest.mark.parametrize("script, flag", [("train", "--clip-filter"), ("sample", "--evaluate"),
+                                          ("data", "--holdout")])
+def test_help_lists_the_flags(script, flag):
+    done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and flag in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ("--latent-side 0", "--latent-side"), ("--volume-side 2", "volume_side 2"),
+    ("--holdout 1", "--holdout 1"), ("--seed -1", "--seed"), ("--codebooks -4", "--codebooks"),
+    ("--churn -5", "--churn"), ("--guidance nan", "--guidance"), ("--betas 0.5", "--betas"),
+    ("--betas 0.5,1.5", "--betas"), ("--dropout 1", "--dropout"), ("--growth 0.1", "--growth"),
+    ("--body 0.3,0.8", "--body"), ("--unet-channels 33", "do not fit"),
+    ("--unet-multipliers 0.5,1", "whole numbers"), ("--unet-multipliers 0", "whole numbers"),
+    ("--text --context-dim 66", "do not fit"), ("--pose-width 0", "--pose-width"),
+    ("--channels 400 --decoder-attention 8", "200 channels"),
+    ("--decoder-attention 4", "sides 8, 16"), ("--finer-at 0.1,0.2,0.3", "4 pixels"),
+    ("--window 3", "4 pixels")])
+def test_settings_that_cannot_work_are_refused_before_anything_is_read(arguments, says):
+    with pytest.raises(data.BadInput, match=says):
+        train.parse([*SMALL, *arguments.split()])
+
+
 @pytest.mark.parametrize("arguments, says", [
     (["--data", "puppets", "--detail", "0.3"], "pairs of shares"),
+    (["--out", ROOT / "README.md"], "README.md"),
     (["--stpes", "3"], "--steps"),
     (["--preset", "huge"], "huge"),
     (["--data", "nowhere"], "nowhere"),
@@ -195,6 +249,10 @@ def test_resuming_with_other_settings_names_the_flag(tmp_path):
     run("--stage", "1", "--steps", "4", out=tmp_path)
     with pytest.raises(data.BadInput, match="--lr-stage1 is 0.1 here but"):
         run("--stage", "1", "--steps", "4", "--lr-stage1", "0.1", out=tmp_path, resume=True)
+    with pytest.raises(data.BadInput, match="--seed is 5 here but 0"):        # other objects
+        run("--stage", "1", "--steps", "8", "--seed", "5", out=tmp_path, resume=True)
+    with pytest.raises(data.BadInput, match="do not fit"):                    # of this stage 1
+        run("--stage", "2", "--latent-side", "16", "--unet-multipliers", "1,1,1,1", out=tmp_path)
 
 
 def test_training_anew_keeps_the_earlier_checkpoint(tmp_path):
@@ -206,8 +264,8 @@ def test_training_anew_keeps_the_earlier_checkpoint(tmp_path):
 
 
 def test_stage_2_of_another_stage_1_is_refused(tmp_path):
-    run("--steps", "4", out=tmp_path)
-    run("--stage", "1", "--steps", "4", "--seed", "5", out=tmp_path)
+    for stage, seed in (("1", "0"), ("2", "0"), ("1", "5")):
+        run("--stage", stage, "--steps", "4", "--seed", seed, out=tmp_path)
     with pytest.raises(data.BadInput, match="another stage 1"):
         sample.load_run(tmp_path)
 
@@ -222,6 +280,22 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monk
             run("--stage", "1", "--steps", "8", out=tmp_path)
     kept = sample.load_checkpoint(tmp_path, 1)
     assert kept["step"] == 4 and all(torch.isfinite(v).all() for v in kept["model"].values())
+
+
+def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path, monkeypatch):
+    step, calls = torch.optim.Adam.step, iter(range(100))
+
+    def spoiled(self, *args):
+        step(self, *args)
+        if next(calls) == 7:                             # the loss was finite, the gradient not
+            self.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spoiled)
+    for stage in ("1", "2"):
+        with pytest.raises(data.BadInput, match="not finite at step 8"):
+            run("--stage", stage, "--steps", "8", out=tmp_path)
+        assert sample.load_checkpoint(tmp_path, int(stage))["step"] == 4
+        calls = iter(range(100))
 
 
 def test_one_object_has_no_distribution_to_learn(tmp_path):
@@ -265,6 +339,11 @@ def test_learned_poses_resume_to_the_same_bits(tmp_path, monkeypatch):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_poses_that_are_not_finite_stop_training_with_a_line(tmp_path):
+    with pytest.raises(data.BadInput, match="stage 1: (poses are not finite|the loss is nan)"):
+        run(*PUPPETS, "--stage", "1", "--steps", "8", "--lr-pose", "1e30", out=tmp_path)
+
+
 def test_the_mean_of_2d_points_is_fixed_once_it_has_settled(tmp_path):
     for settle_at, batches in (("0.5", 5), ("1.0", 8)):
         run(*PUPPETS, "--stage", "1", "--steps", "8", "--settle-at", settle_at, out=tmp_path)
@@ -289,7 +368,8 @@ def test_cameras_of_rigid_objects_can_be_learned_too(tmp_path):
 
 
 def test_a_new_puppet_is_driven_by_a_clip(tmp_path, capsys):
-    run(*PUPPETS, "--steps", "4", out=tmp_path / "run")
+    for stage in ("1", "2"):                             # by themselves: no first sampling
+        run(*PUPPETS, "--stage", stage, "--steps", "4", out=tmp_path / "run")
     capsys.readouterr()
     for who in (["--n", "1", "--steps", "2"], ["--identity", "1"]):
         sample.main(["--run", str(tmp_path / "run"), "--drive", "0001", *who])
@@ -359,6 +439,12 @@ def test_stage_2_on_the_stage_1_of_another_run_and_on_whole_volumes(tmp_path):
     volumes = sample.decode(trained, sample.sample_latents(trained, noise, 2))
     assert volumes.shape == (2, 4, 16, 16, 16)
     assert not (tmp_path / "a" / "stage2.pt").exists()
+    run("--stage", "1", "--steps", "3", out=tmp_path / "e")              # has its own stage 1
+    ours = sample.load_checkpoint(tmp_path / "e", 1)["fingerprint"]
+    for resume in (False, True):
+        run("--stage", "2", "--steps", "2", "--decoder", str(tmp_path / "a"),
+            out=tmp_path / "e", resume=resume)
+        assert torch.load(tmp_path / "e" / "stage1.old", weights_only=True)["fingerprint"] == ours
     status, stderr = call("--decoder", tmp_path / "a", "--out", tmp_path / "c")
     assert status == 2 and "--stage 2" in stderr and not (tmp_path / "c").exists()
     sample.main(["--run", str(tmp_path / "b"), "--evaluate", "--n", "25", "--views", "10",
@@ -371,6 +457,24 @@ def test_stage_2_on_the_stage_1_of_another_run_and_on_whole_volumes(tmp_path):
     assert metrics["settings"]["sample_steps"] == 2
     for kind in ("", "_voxel", "_direct", "_direct_normal", "_train"):
         assert all(np.isfinite(metrics[name + kind]) for name in ("fd", "kd", "memorization"))
+        assert 0 <= metrics["empty" + kind] <= 1
+    assert metrics["samples"] == 25 and metrics["views"] == 10
+    assert metrics["memorization_train"] > 0          # a training object is not its own nearest one
+    # Scores of an earlier evaluation do not stay beside those of this one.
+    sample.main(["--run", str(tmp_path / "b"), "--evaluate", "--n", "25", "--steps", "1",
+                 "--no-baselines"])
+    metrics = json.loads((tmp_path / "b" / "metrics.json").read_text())
+    assert "fd" in metrics and not {"fd_direct", "fd_voxel", "cov_train"} & set(metrics)
+
+
+def test_stage_2_of_another_seed_is_compared_with_the_objects_it_learned_from(tmp_path):
+    run("--stage", "1", "--steps", "2", "--seed", "3", out=tmp_path)
+    run("--stage", "2", "--steps", "2", "--seed", "4", out=tmp_path)
+    trained = sample.load_run(tmp_path)
+    assert trained.settings["seed"] == 4
+    seen = sample.load_dataset(trained.data_settings, trained.source)
+    assert seen.captions == trained.captions
+    assert torch.equal(seen.images, data.load("synthetic", 16, 6, 3, 4, 6).images)
 
 
 def test_shaken_cameras_turn_about_the_object_by_the_angle_asked_for_and_heldout_ones_stay():
@@ -410,6 +514,17 @@ def test_words_from_captions_to_a_prompt(tmp_path, capsys):
     assert not torch.equal(red, blue) and torch.equal(none, null)
     sample.main(["--run", str(tmp_path), "--prompt", "a crimson chair", "--n", "1", "--steps", "1"])
     assert "crimson" in capsys.readouterr().err
+    sample.main(["--run", str(tmp_path), "--interpolate", "3", "5", "--n", "1", "--steps", "1",
+                 "--prompt", "a red chair"])
+    named = capsys.readouterr().out.splitlines()[-1].removeprefix("wrote ").split(", ")
+    assert {"interpolation.png", "interpolation.gif"} <= {Path(p).name for p in named}
+    torch.save(sample.AttributeReader().state_dict(), tmp_path / "reader.pt")    # knows nothing
+    sample.main(["--run", str(tmp_path), "--evaluate", "--n", "25", "--steps", "1",
+                 "--no-baselines"])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    for name in ("colour", "parts"):
+        assert all(0 <= metrics[f"text_{name}{key}"] <= 1 for key in ("", "_true", "_chance"))
+    assert metrics["text_diversity"] >= 0
     # The null prompt at any weight: given and free answer alike.
     torch.testing.assert_close(null, sample.sample_latents(trained, noise, 2, prompts=[""],
                                                            guidance=7.0), rtol=1e-4, atol=1e-4)
