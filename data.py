@@ -58,8 +58,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_cli(main):
-    """Call main(); a BadInput, or a file that cannot be read or made, becomes one line on stderr and
-    exit status 2, not a traceback."""
+    """Call main(); a BadInput, or a file that cannot be read or made, becomes one line on stderr
+    and exit status 2, not a traceback."""
     try:
         main()
     except (BadInput, OSError) as err:

@@ -1265,8 +1265,8 @@ def evaluate_run(run, args, steps, churn, guidance):
                        baselines=args.baselines, voxel=voxel, features=features)
     scores["features"] = "inception" if args.inception else "random"
     if run.encode and run.source == "synthetic":
-        scores |= score_text(run, reader_of(args.run, run.data_settings), min(args.n, 128), steps, churn, guidance,
-                             args.seed)
+        scores |= score_text(run, reader_of(args.run, run.data_settings), min(args.n, 128), steps,
+                             churn, guidance, args.seed)
     folder = Path(args.out or args.run)
     folder.mkdir(parents=True, exist_ok=True)
     s = s | {"sample_steps": steps, "churn": churn, "guidance": guidance}

@@ -7,7 +7,8 @@
 
 Paper: Sec. 3.2 (stage 1), Sec. 3.3 (stage 2), Tab. 5 and App. C.2 (the paper-* presets).
 Shapes: B objects a step, V views of each, C channels, H = W side of a picture, N dataset objects.
-Simplified: one device, float32, no data loader: the frames fit in memory as bytes.
+Simplified: one device, float32, no data loader: the frames fit in memory as bytes. (TRAP: torch's
+"high" precision for matrix products would keep 10 bits of cameras and points on a GPU.)
 In it: Settings; Checkpoints, log, metrics; Stage 1; Stage 2; Command line. At a first reading, the
 presets, train_stage1 and train_stage2 are all: the rest starts, keeps and resumes runs.
 Read next: tests/, which say in closed forms what the other files promise.
@@ -823,7 +824,6 @@ def main(arguments=None):
     device = sample.choose_device(args.device)
     if args.decoder:
         take_decoder(args)
-    torch.set_float32_matmul_precision("high")            # tensor cores, where there are any
     paths, began = [], time.time()
     dataset = None
     if args.stage != 2:
