@@ -934,10 +934,11 @@ def coil_object(files, size, skipped):
         if h != w or w < 8 or photo.shape != photos[0].shape:
             raise BadInput(f"{files[d]}: {w}x{h} pixels; an object's photos must be square, all of "
                            "one size, 128x128 in COIL-100")
-        if photo[..., :3].max() <= COIL_THRESHOLD[0]:
-            raise BadInput(f"{files[d]}: this view is black: its mask is empty")
     photos = np.stack(photos)                                        # (V, S, S, 4)
     photos[..., 3] = 255 * coil_masks(photos[..., :3])
+    for d, photo in zip(degrees, photos):
+        if not photo[..., 3].any():
+            raise BadInput(f"{files[d]}: this view is black: its mask is empty")
     left, right, top, bottom = mask_box(torch.from_numpy(photos[..., 3])).numpy().T
     width, height, S = right - left, bottom - top, photos.shape[1]
     turn = (degrees[:, None] + 90 - degrees) % 360
@@ -1059,6 +1060,8 @@ def clip_object(path, clip_filter, size, skipped):
     unmasked = frames[..., 3].min((1, 2)) == 255          # masks/ may lack some
     skipped["frames have no mask"] += int(unmasked.sum())
     frames = frames[~unmasked]
+    if len(frames) < 2:
+        raise BadInput(f"{path}: only {len(frames)} of its frames has a mask")
     masks = torch.from_numpy(frames[..., 3])
     if (empty := (masks.amax((1, 2)) <= 127).sum()) > len(masks) - 2:
         raise BadInput(f"{path}: nothing stands before the background in {empty} of its "

@@ -30,8 +30,16 @@ def zero_init(layer):
     return layer
 
 
+class GroupNorm(nn.GroupNorm):
+    """The same for a group of one single value, too (32 channels at 1^3), which torch refuses where
+    there is one sample, and which becomes 0."""
+
+    def forward(self, x):
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def group_norm(channels):
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    return GroupNorm(math.gcd(32, channels), channels)
 
 
 class UNetBlock(nn.Module):

@@ -48,7 +48,7 @@ class RobustNormalizer(nn.Module):
             m, s = rows.double().mean(1), rows.double().std(1)
         else:
             m, s = torch.zeros(len(rows)), torch.ones(len(rows))
-        s = torch.where(s > 0, s, torch.ones_like(s))       # IQR 0: constant, or half is
+        s = torch.where(s > 0, s, torch.ones_like(s))       # IQR 0: half of them are equal
         shape = (1, -1) + (1,) * (x.ndim - 2) if self.per_channel else ()
         self.m, self.s = (v.to(x.dtype).to(x.device).reshape(shape) for v in (m, s))
         return self

@@ -118,32 +118,32 @@ def random_windows(images, masks, intrinsics, side, generator):
 def ray_weights(density, edges):
     """Share of the light that each interval of a ray sends back: T_i (1 - exp(-density_i dt_i)).
 
-    density (R, S) >= 0 per world unit, constant within an interval
-    edges   (R, S+1) increasing distances that bound the S intervals
-    returns (R, S), each ray's sum is its occupancy
+    density (..., S) >= 0 per world unit, constant within an interval
+    edges   (..., S+1) increasing distances that bound the S intervals
+    returns (..., S), each ray's sum is its occupancy
     """
     if edges.shape != density.shape[:-1] + (density.shape[-1] + 1,):
         raise ValueError(f"edges must have one entry more than density {tuple(density.shape)} "
                          f"along the ray, got {tuple(edges.shape)}")
     # TRAP: the last interval ends where the volume ends. The 1e10 of the first NeRF code turns any
     # trace of fog in it into a wall, and an occupancy of 0.095 into 1.0.
-    tau = density * edges.diff(dim=-1)                      # (R, S) optical thickness
+    tau = density * edges.diff(dim=-1)                      # (..., S) optical thickness
     # The light that reaches interval i has crossed intervals 0..i-1 only: shift before exp.
-    T = torch.exp(-F.pad(tau.cumsum(-1)[:, :-1], (1, 0)))   # (R, S) transmittance
+    T = torch.exp(-F.pad(tau.cumsum(-1)[..., :-1], (1, 0)))  # (..., S) transmittance
     return T * -torch.expm1(-tau)                           # expm1: exact for thin fog too
 
 
 def integrate(density, rgb, edges):
     """Colour (Eq. 6) and occupancy (Eq. 7) of rays through piecewise-constant fog.
 
-    density (R, S)    >= 0, per world unit     rgb (R, S, 3) in [0, 1]
-    edges   (R, S+1)  increasing distances that bound the S intervals, world units
-    returns rgb (R, 3) over black, occupancy (R,) in [0, 1]
+    density (..., S)    >= 0, per world unit   rgb (..., S, 3) in [0, 1]
+    edges   (..., S+1)  increasing distances that bound the S intervals, world units
+    returns rgb (..., 3) over black, occupancy (...,) in [0, 1]; ... are the rays
     """
     if rgb.shape != density.shape + (3,):
         raise ValueError(f"rgb must be {tuple(density.shape) + (3,)}, got {tuple(rgb.shape)}")
     w = ray_weights(density, edges)
-    return (w[..., None] * rgb).sum(1), w.sum(1)
+    return (w[..., None] * rgb).sum(-2), w.sum(-1)
 
 
 # ---- Where rays and volume meet ------------------------------------------------------------------
@@ -190,7 +190,7 @@ def place_samples(near, far, n_samples, jitter=None):
     """n_samples positions on every ray: near, far (B, R) -> t (B, R, S), edges (B, R, S+1)."""
     fraction = torch.linspace(0, 1, n_samples + 1, dtype=near.dtype, device=near.device)
     edges = near[..., None] + (far - near)[..., None] * fraction
-    if near.is_cuda and jitter is not None:   # millions of numbers: let the GPU draw them
+    if near.device.type != "cpu" and jitter is not None:    # millions of numbers: a GPU draws them
         jitter = torch.Generator(near.device).manual_seed(
             int(torch.randint(2**62, (), generator=jitter)))
     share = 0.5 if jitter is None else torch.rand(
@@ -286,17 +286,16 @@ def render(volume, cam2world, intrinsics, size, n_samples, jitter=None, extras=T
         o, d = o.reshape(B, -1, 3), d.reshape(B, -1, 3)                     # (B, R, 3)
         t, edges = place_samples(*box_interval(o, d), n_samples, jitter)
         points = o[:, :, None] + t[..., None] * d[:, :, None]               # (B, R, S, 3)
-    values = sample_volume(volume[:, :4], points.flatten(1, 2)).reshape(-1, t.shape[2], 4)
-    density, rgb, edges = values[..., 0], values[..., 1:], edges.flatten(0, 1)    # (B R, S, ...)
+    values = sample_volume(volume[:, :4], points.flatten(1, 2)).unflatten(1, t.shape[1:])
+    density, rgb = values[..., 0], values[..., 1:]                          # (B, R, S), (.., S, 3)
 
-    def image(x):                                                           # (B R, C) -> picture
+    def image(x):                                                           # (B, R, C) -> picture
         return x.reshape(B, V, size, size, -1).movedim(-1, 2)
 
-    rgb, occupancy = integrate(density, rgb, edges)                         # (B R, 3), (B R,)
+    rgb, occupancy = integrate(density, rgb, edges)                         # (B, R, 3), (B, R)
     out = {"rgb": image(rgb), "occupancy": image(occupancy)}
     if extras:
-        w = ray_weights(density, edges).unflatten(0, t.shape[:2])           # (B, R, S)
-        occupancy = w.sum(-1, keepdim=True)                                 # (B, R, 1)
+        w, occupancy = ray_weights(density, edges), occupancy[..., None]    # (B, R, S), (B, R, 1)
         hit = occupancy > 1e-3
         depth = (w * t).sum(-1, keepdim=True) / occupancy.clamp(min=1e-3)
         slope = sample_volume(density_gradient(volume[:, :1]), points.flatten(1, 2))

@@ -164,6 +164,7 @@ def load_run(run, device="cpu", stages=(1, 2)):
             raise BadInput(f"{run}/stage2.pt was trained on another stage 1 than the one there "
                            f"now: run `python train.py --stage 2 --out {run}` again")
         s = out.settings = second["settings"]
+        out.data_settings = {**s, **first["settings"]}    # an older stage 1 may lack some flags
         out.denoiser = restore(lambda: build_denoiser(s, second["vocabulary"]), second["ema"],
                                f"{run}/stage2.pt").to(device).eval().requires_grad_(False)
         out.encode = T5Encoder(s["t5"], device) if s["text"] and s["t5"] else out.denoiser.text

@@ -325,14 +325,7 @@ def fit_to_data(s, cameras, dataset, source):
 
 
 def save(path, checkpoint):
-    """Writes a checkpoint under a temporary name, then renames it: never a half-written file.
-
-    A finite loss may have had gradients that are not: weights that are NaN never replace good ones.
-    """
-    for name, value in checkpoint.get("model", {}).items():
-        if not torch.isfinite(value).all():
-            raise BadInput(DIVERGED.format(f"stage {checkpoint['stage']}: {name} is not finite",
-                                           checkpoint["step"]))
+    """Writes a checkpoint under a temporary name, then renames it: never a half-written file."""
     temporary = path.with_suffix(".tmp")
     torch.save(checkpoint, temporary)
     os.replace(temporary, path)
@@ -344,6 +337,15 @@ def fingerprint(model):
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def refuse_divergence(stage, step, *models):
+    """Before each saving: a finite loss may have had gradients that are not, and weights that are
+    NaN must not replace good ones."""
+    for model in models:
+        for name, value in model.named_parameters():
+            if not torch.isfinite(value).all():
+                raise BadInput(DIVERGED.format(f"stage {stage}: {name} is not finite", step))
 
 
 def random_states(generator):
@@ -520,6 +522,7 @@ def start_stage1(s, dataset, run, device, source, resume):
 
 def save_stage1(s, at, dataset, run, source):
     """Everything that going on, stage 2 and sampling need."""
+    refuse_divergence(1, at.step, *filter(None, (at.autodecoder, at.posenet)))
     posenet, poses = None, None
     if at.posenet is not None:                            # one clip's poses, to show others in
         posenet = at.posenet.state_dict()
@@ -587,7 +590,7 @@ def train_stage1(s, dataset, run, device, source, resume=False):
     """
     features = autodecoder.build_features(s.perceptual, device)
     at = start_stage1(s, dataset, run, device, source, resume)
-    if at.step < s.steps_stage1:                          # else the log has rows of stage 2 to keep
+    if goes_on := at.step < s.steps_stage1:               # else the log has rows of stage 2 to keep
         log = Progress(run, 1, at.step, s.steps_stage1, s.log_every)
     began = time.time() - at.seconds
     while at.step < s.steps_stage1:
@@ -626,12 +629,16 @@ def train_stage1(s, dataset, run, device, source, resume=False):
             save_stage1(s, at, dataset, run, source)
             sample.save_training_sheet(run / "training.png", at, dataset, at.step)
             plot_log(run)
-    finish_stage1(s, at, dataset, run)
+    finish_stage1(s, at, dataset, run, STALE if goes_on else ())
 
 
-def finish_stage1(s, at, dataset, run):
+STALE = (*sample.OF_SAMPLES, "seconds_sampling")          # scores of a stage 2 that is replaced
+
+
+def finish_stage1(s, at, dataset, run, stale):
     """Pictures from all sides, and how well held-out views are met."""
-    sample.add_metrics(run, vars(s), seconds_stage1=round(at.seconds, 1), steps_stage1=at.step)
+    sample.add_metrics(run, vars(s), stale, seconds_stage1=round(at.seconds, 1),
+                       steps_stage1=at.step)
     sample.save_orbit(run / "orbit.png", sample.load_run(run, at.device, stages=(1,)))
     scores = sample.score_heldout(at, dataset)
     if not scores:
@@ -773,6 +780,7 @@ def train_stage2(s, run, device, resume=False):
         diffusion.ema_update(at.average, at.model, at.step, s.ema_half_life)
         log(at.step, loss.item())
         if at.step % s.save_every == 0 or at.step == s.steps_stage2:
+            refuse_divergence(2, at.step, at.model)
             save(run / "stage2.pt", {
                 "stage": 2, "step": at.step, "settings": vars(s),
                 "decoder": at.decoder, "seconds": at.seconds, "model": at.model.state_dict(),
@@ -780,9 +788,8 @@ def train_stage2(s, run, device, resume=False):
                 "m": at.normalizer.m, "s": at.normalizer.s, "vocabulary": at.vocabulary,
                 "random": random_states(at.generator)})
             plot_log(run)
-    sample.add_metrics(run, vars(s), (*sample.OF_SAMPLES, "seconds_sampling"),
-                       seconds_stage2=round(at.seconds, 1), steps_stage2=at.step,
-                       latent_median=float(at.normalizer.m.mean()),
+    sample.add_metrics(run, vars(s), STALE, seconds_stage2=round(at.seconds, 1),
+                       steps_stage2=at.step, latent_median=float(at.normalizer.m.mean()),
                        latent_iqr=float(at.normalizer.s.mean()))
 
 
@@ -808,10 +815,14 @@ def take_decoder(args):
     theirs, path = sample.load_checkpoint(args.decoder, 1)["fingerprint"], args.out / "stage1.pt"
     if path.exists() and sample.load_checkpoint(args.out, 1)["fingerprint"] == theirs:
         return
+    if path.exists() and args.resume:
+        raise BadInput(f"{path} is another than that of --decoder {args.decoder}; run without "
+                       "--resume, or with another --out")
     args.out.mkdir(parents=True, exist_ok=True)
     shutil.copy(Path(args.decoder) / "stage1.pt", path.with_suffix(".tmp"))
     if path.exists():
         os.replace(path, path.with_suffix(".old"))        # the last one is kept
+        (args.out / "metrics.json").unlink(missing_ok=True)
     os.replace(path.with_suffix(".tmp"), path)
 
 

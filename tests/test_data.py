@@ -734,6 +734,14 @@ def test_coil_photos_of_another_size_are_refused_by_name(tmp_path, shape):
         data.load(tmp_path, 32)
 
 
+@pytest.mark.parametrize("grey", [0, 40])      # black; all corners bright enough to be flooded
+def test_a_coil_view_without_an_object_is_refused_by_name(tmp_path, grey):
+    write_coil(tmp_path)
+    iio.imwrite(tmp_path / "obj3__30.png", np.full((128, 128, 3), grey, np.uint8))
+    with pytest.raises(BadInput, match="obj3__30.png: this view is black"):
+        data.load(tmp_path, 32)
+
+
 def test_coil_zoom_keeps_the_object_one_size_in_the_world(tmp_path):
     write_coil(tmp_path)
     before = data.load(tmp_path, 64)

@@ -156,6 +156,12 @@ def test_the_papers_unet_keeps_the_latents_shape(kw):
         assert model(torch.zeros(2, 256, 8, 8, 8), torch.ones(2), text).shape == (2, 256, 8, 8, 8)
 
 
+def test_one_sample_of_a_unet_that_ends_at_1x1x1_is_the_same_as_beside_another():
+    model = tiny(side=2, channels=32, multipliers=(1, 1), attention=(2,)).double()
+    x = normal(2, 3, 2, 2, 2)
+    torch.testing.assert_close(model(x[:1], 0.5), model(x, 0.5)[:1], rtol=0, atol=1e-12)
+
+
 def test_every_weight_of_the_unet_learns_those_behind_the_skip_connections_too():
     model = tiny(context_dim=5)
     model(normal(2, 3, 4, 4, 4), 0.5, torch.randn(2, 6, 5)).square().sum().backward()

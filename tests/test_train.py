@@ -1,6 +1,8 @@
 """Training: resuming is exact, one object overfits, and a stranger's mistakes get one line."""
 import csv
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -206,6 +208,25 @@ def test_help_lists_the_flags(script, flag):
     assert done.returncode == 0 and flag in done.stdout and not done.stderr
 
 
+def commands_of_the_readme():
+    """(script, arguments) of every command in its blocks, loops and lists of objects filled in."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        line = re.sub(r"\$\(.*?\)|\$\w+", "7", line)
+        if found := re.match(r"\s*python (train|sample)\.py(.*)", line):
+            yield found[1], shlex.split(found[2], comments=True)
+
+
+def test_every_command_of_the_readme_has_flags_that_fit_together():
+    commands = list(commands_of_the_readme())
+    assert len(commands) > 20
+    for script, arguments in commands:
+        (train if script == "train" else sample).parse(arguments)
+    side = "--preset micro --start-side 2 --channels 64 --unet-attention 8,4,2,1 --latent-side"
+    for latent_side in "248":                            # row 3 of the claims
+        train.parse([*side.split(), latent_side])
+
+
 @pytest.mark.parametrize("arguments, says", [
     ("--latent-side 0", "--latent-side"), ("--volume-side 2", "volume_side 2"),
     ("--holdout 1", "--holdout 1"), ("--seed -1", "--seed"), ("--codebooks -4", "--codebooks"),
@@ -339,9 +360,15 @@ def test_learned_poses_resume_to_the_same_bits(tmp_path, monkeypatch):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_poses_that_are_not_finite_stop_training_with_a_line(tmp_path):
+def test_poses_that_are_not_finite_stop_training_with_a_line(tmp_path, monkeypatch):
     with pytest.raises(data.BadInput, match="stage 1: (poses are not finite|the loss is nan)"):
         run(*PUPPETS, "--stage", "1", "--steps", "8", "--lr-pose", "1e30", out=tmp_path)
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: step(self) or self.param_groups[1][
+        "params"][0].data.fill_(float("nan")))
+    with pytest.raises(data.BadInput, match="not finite at step 1"):         # it saves there
+        run(*PUPPETS, "--stage", "1", "--steps", "8", "--save-every", "1", out=tmp_path)
+    assert not (tmp_path / "stage1.pt").exists()
 
 
 def test_the_mean_of_2d_points_is_fixed_once_it_has_settled(tmp_path):
@@ -441,10 +468,14 @@ def test_stage_2_on_the_stage_1_of_another_run_and_on_whole_volumes(tmp_path):
     assert not (tmp_path / "a" / "stage2.pt").exists()
     run("--stage", "1", "--steps", "3", out=tmp_path / "e")              # has its own stage 1
     ours = sample.load_checkpoint(tmp_path / "e", 1)["fingerprint"]
+    with pytest.raises(data.BadInput, match="--resume"):
+        run("--stage", "2", "--decoder", str(tmp_path / "a"), out=tmp_path / "e", resume=True)
+    assert sample.load_checkpoint(tmp_path / "e", 1)["fingerprint"] == ours
     for resume in (False, True):
         run("--stage", "2", "--steps", "2", "--decoder", str(tmp_path / "a"),
             out=tmp_path / "e", resume=resume)
         assert torch.load(tmp_path / "e" / "stage1.old", weights_only=True)["fingerprint"] == ours
+    assert "psnr_heldout" not in json.loads((tmp_path / "e" / "metrics.json").read_text())
     status, stderr = call("--decoder", tmp_path / "a", "--out", tmp_path / "c")
     assert status == 2 and "--stage 2" in stderr and not (tmp_path / "c").exists()
     sample.main(["--run", str(tmp_path / "b"), "--evaluate", "--n", "25", "--views", "10",
@@ -467,14 +498,18 @@ def test_stage_2_on_the_stage_1_of_another_run_and_on_whole_volumes(tmp_path):
     assert "fd" in metrics and not {"fd_direct", "fd_voxel", "cov_train"} & set(metrics)
 
 
-def test_stage_2_of_another_seed_is_compared_with_the_objects_it_learned_from(tmp_path):
+def test_stage_2_of_another_seed_is_compared_with_the_objects_it_learned_from(tmp_path,
+                                                                              monkeypatch):
     run("--stage", "1", "--steps", "2", "--seed", "3", out=tmp_path)
     run("--stage", "2", "--steps", "2", "--seed", "4", out=tmp_path)
     trained = sample.load_run(tmp_path)
     assert trained.settings["seed"] == 4
-    seen = sample.load_dataset(trained.data_settings, trained.source)
-    assert seen.captions == trained.captions
-    assert torch.equal(seen.images, data.load("synthetic", 16, 6, 3, 4, 6).images)
+    seen = []
+    monkeypatch.setattr(sample, "evaluate", lambda run, dataset, *_, **__: seen.append(dataset) or
+                        {})
+    sample.main(["--run", str(tmp_path), "--evaluate", "--n", "25", "--steps", "1"])
+    assert seen[0].captions == trained.captions
+    assert torch.equal(seen[0].images, data.load("synthetic", 16, 6, 3, 4, 6).images)
 
 
 def test_shaken_cameras_turn_about_the_object_by_the_angle_asked_for_and_heldout_ones_stay():
@@ -502,7 +537,7 @@ def test_as_many_numbers_become_extreme_as_asked_for_and_robust_normalization_do
     assert float(spread["robust"]) == pytest.approx(1, abs=0.02) and float(spread["meanstd"]) > 100
 
 
-def test_words_from_captions_to_a_prompt(tmp_path, capsys):
+def test_words_from_captions_to_a_prompt(tmp_path, capsys, monkeypatch):
     run("--steps", "2", "--stage", "1", out=tmp_path)
     run("--steps", "3", "--stage", "2", "--text", "--context-dim", "16", out=tmp_path)
     trained = sample.load_run(tmp_path)
@@ -514,10 +549,13 @@ def test_words_from_captions_to_a_prompt(tmp_path, capsys):
     assert not torch.equal(red, blue) and torch.equal(none, null)
     sample.main(["--run", str(tmp_path), "--prompt", "a crimson chair", "--n", "1", "--steps", "1"])
     assert "crimson" in capsys.readouterr().err
-    sample.main(["--run", str(tmp_path), "--interpolate", "3", "5", "--n", "1", "--steps", "1",
-                 "--prompt", "a red chair"])
-    named = capsys.readouterr().out.splitlines()[-1].removeprefix("wrote ").split(", ")
-    assert {"interpolation.png", "interpolation.gif"} <= {Path(p).name for p in named}
+    with monkeypatch.context() as patch:                 # an interpolation is of the prompt, too
+        shown, decode = [], sample.decode
+        patch.setattr(sample, "decode", lambda run, z: shown.append(z) or decode(run, z))
+        sample.save_interpolation(trained, tmp_path, (3, 5), 1, "a red chair", 1.0)
+        ends = torch.cat([sample.latent_noise(trained, 1, seed) for seed in (3, 5)])
+        expected = sample.sample_latents(trained, ends, 1, prompts=["a red chair"] * 2, guidance=1)
+        torch.testing.assert_close(shown[0][[0, -1]], expected, rtol=1e-4, atol=1e-4)
     torch.save(sample.AttributeReader().state_dict(), tmp_path / "reader.pt")    # knows nothing
     sample.main(["--run", str(tmp_path), "--evaluate", "--n", "25", "--steps", "1",
                  "--no-baselines"])
