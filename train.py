@@ -253,8 +253,8 @@ def number_list(text):
     return tuple(float(x) if "." in x else int(x) for x in text.split(",") if x.strip())
 
 
-def check(s):
-    """Settings that cannot work are refused here, before anything is read or written."""
+def check_numbers(s):
+    """Numbers out of their range are refused here, each by its flag."""
     for f in dataclasses.fields(s):
         value, zero = getattr(s, f.name), f.name in MAY_BE_ZERO
         if f.type in (int, float) and not (0 < value < math.inf or value == 0 and zero):
@@ -269,6 +269,11 @@ def check(s):
         raise BadInput("--holdout 1 would leave no view to learn from: 2 or more, or 0 for none")
     if not all(0 <= x < 1 for x in (*s.betas, s.dropout, s.text_dropout)):
         raise BadInput("--betas, --dropout and --text-dropout must be at least 0 and below 1")
+
+
+def check(s):
+    """Settings that cannot work are refused here, before anything is read or written."""
+    check_numbers(s)
     levels = int(math.log2(max(1, s.volume_side // s.latent_side)))
     if len(s.detail) % 2 or len(s.detail) > 2 * levels:
         raise BadInput(f"--detail: {len(s.detail)} numbers, but they are pairs of shares, at most "
@@ -322,6 +327,9 @@ def fit_to_data(s, cameras, dataset, source):
 
 
 # ---- Checkpoints, log, metrics ------------------------------------------------------------------
+
+STALE = (*sample.OF_SAMPLES, "seconds_sampling")          # scores of a stage 2 that is replaced
+DIVERGED = "{} at step {}; the last good checkpoint is kept; try a lower learning rate"
 
 
 def save(path, checkpoint):
@@ -395,9 +403,6 @@ def plot_log(run):
         axis.set_xlabel("step")
     figure.savefig(run / "loss.png", dpi=90)
     plt.close(figure)
-
-
-DIVERGED = "{} at step {}; the last good checkpoint is kept; try a lower learning rate"
 
 
 class Progress:
@@ -630,9 +635,6 @@ def train_stage1(s, dataset, run, device, source, resume=False):
             sample.save_training_sheet(run / "training.png", at, dataset, at.step)
             plot_log(run)
     finish_stage1(s, at, dataset, run, STALE if goes_on else ())
-
-
-STALE = (*sample.OF_SAMPLES, "seconds_sampling")          # scores of a stage 2 that is replaced
 
 
 def finish_stage1(s, at, dataset, run, stale):
