@@ -1,89 +1,48 @@
-"""Photos, clips or made-up objects in; one Dataset out: square frames, masks, cameras, indices.
+"""Objects go in, made up or photographed; one Dataset comes out: frames, masks and cameras.
 
-Paper:      Sec. 3.1 (2D images with masks and cameras are all that the method sees), Sec. 4.1.
-Shapes:     F frames, S image side, N objects, V views of one object, P primitives, K points.
-Simplified: everything sits in memory as uint8 (16 KiB a frame at 64x64): Objaverse would not fit.
-Read next:  render.py, whose first page holds the conventions (camera axes, pixel centres, cube).
-In it:      What every source becomes, and Load: at a first reading, these are all. Between them a
-            section a source: objects and puppets that are made up, photos, clips.
+Paper: Sec. 3.1 and 4.1. Pictures with masks and cameras are all that the method ever sees of an
+object: no shape, no mesh. At a first reading chairs of boxes and cylinders are made up and then
+photographed, so no files are needed. At a second, photos and clips are read, and puppets made.
 
     python data.py --data PATH      tells what is in PATH and draws it: try this first
-"""
-import argparse
-import difflib
-import itertools
-import json
-import re
-import struct
-import sys
-from collections import Counter
-from dataclasses import dataclass, replace
-from functools import partial, partialmethod
-from pathlib import Path
 
-import imageio.v3 as iio
+Shapes: N objects, V views of one object, R rays, K points; `size` is the side of the pictures.
+Simplified: all frames sit in memory as bytes, 16 KiB each at 64 x 64. Objaverse would not fit.
+Read next: train.py
+"""
+from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MARGIN = 0.93                    # OURS: largest half side of an object; the cube's is 1
-
-# COIL-100, OURS: what makes the silhouettes agree best with their common visual hull (IoU 0.92 at
-# 64x64, mean of 35 objects; its cameras were never published).
-COIL_THRESHOLD = 34, 48          # of max(R, G, B); the background has 25 to 27; 48 loses dark
-                                 # parts (obj49: 0.45, not 0.90), 34 floods some photos (obj99)
-COIL_ELEVATION = 18.0            # degrees; 15 to 20 fit equally well, 5 and 30 visibly worse
-COIL_DISTANCE = 12.0             # half sides of the cube: all but parallel; 6 fits worse
-COIL_DEPTH = 0.5                 # share of the object's depth that its picture's height shows
+from render import orbit, pixel_directions, project
 
 
-# ---- A stranger's input -------------------------------------------------------------------------
 class BadInput(Exception):
     """What a stranger gave us is wrong: one line saying what, where, and what to do."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one BadInput line, with a guess at the flag that was meant."""
-
-    # A prefix of a flag must be an error: --step for --steps would pass silently otherwise.
-    __init__ = partialmethod(argparse.ArgumentParser.__init__, allow_abbrev=False)
-
-    def error(self, message):
-        flags = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
-        for flag in flags:
-            for guess in difflib.get_close_matches(flag, self._option_string_actions, 1):
-                message += f" (did you mean {guess}?)"
-        raise BadInput(message)
+# ---- What every source becomes -------------------------------------------------------------------
 
 
-def run_cli(main):
-    """Call main(); a BadInput, or a file that cannot be read or made, becomes one line on stderr
-    and exit status 2, not a traceback."""
-    try:
-        main()
-    except (BadInput, OSError) as err:
-        print("error: " + " ".join(str(err).split()), file=sys.stderr)
-        sys.exit(2)
-
-
-# ---- What every source becomes ------------------------------------------------------------------
 @dataclass
 class Dataset:
-    """F frames of N objects, each object inside [-1, 1]^3 with y up."""
-    images: Tensor               # (F, S, S, 3) uint8, colour x mask, so the background is black
-    masks: Tensor                # (F, S, S) uint8, 255 inside, in between on the edges
-    cam2world: Tensor            # (F, 4, 4) float32, camera x right, y up, looking along -z
-    intrinsics: Tensor           # (F, 4) float32 fx, fy, cx, cy as fractions of the image side
-    object_index: Tensor         # (F,) int64 in 0..N-1
-    heldout: Tensor              # (F,) bool
+    """Frames of N objects, each object inside [-1, 1]^3 with y up."""
+    images: Tensor               # (frames, size, size, 3) uint8, colour x mask: black outside
+    masks: Tensor                # (frames, size, size) uint8, 255 inside, in between on the edges
+    cam2world: Tensor            # (frames, 4, 4) float32, in render.py's conventions
+    intrinsics: Tensor           # (frames, 4) float32 fx, fy, cx, cy as fractions of the side
+    object_index: Tensor         # (frames,) int64 in 0..N-1: whose frame it is
+    heldout: Tensor              # (frames,) bool: for scoring, training never sees these
     names: list                  # N of str
     captions: list               # N of str or None
     layout: str                  # one line: what was detected
-    skipped: list                # one line per reason, with counts
-    shapes: list = None          # synthetic only: N lists of Primitive
-    truth: dict = None           # puppets only, for scoring: see puppet_object
-    moving: bool = False         # what is seen moves, cam2world and intrinsics tell nothing
+    skipped: list                # lines: what was left out, with counts
+    shapes: list = None          # N lists of Primitive, if known: only judges look at them
+    truth: dict = None           # how puppets moved: only judges look at it
+    moving: bool = False         # what is seen moves: cam2world and intrinsics tell nothing
 
     @property
     def n_objects(self):
@@ -91,485 +50,902 @@ class Dataset:
 
     def frames_of(self, k, heldout=None):
         """Frame numbers (V,) int64 of object k: all, or only the (not) held-out ones."""
-        keep = self.object_index == k
+        chosen = self.object_index == k
         if heldout is not None:
-            keep = keep & (self.heldout == heldout)
-        return keep.nonzero()[:, 0]
+            chosen = chosen & (self.heldout == heldout)
+        return chosen.nonzero()[:, 0]
 
     def batch(self, index, size):
         """Frames `index` (...): images (..., 3, size, size), masks (..., 1, size, size) in [0, 1].
 
-        Averages over area: images hold colour x mask, which is what may be averaged.
+        Where size is less than the frames' side they are averaged over areas. That is right for
+        colour x mask; plain colours would mix with those of the background.
         """
         if not 0 < size <= self.images.shape[1]:
             raise ValueError(f"size {size} is not in 1..{self.images.shape[1]}, the frames' side")
-        flat = index.reshape(-1)
-        rgba = torch.cat([self.images[flat], self.masks[flat][..., None]], -1)
-        rgba = rgba.permute(0, 3, 1, 2).float() / 255                # (n, 4, S, S)
-        if size != rgba.shape[-1]:
+        frames = index.reshape(-1)
+        rgba = torch.cat([self.images[frames], self.masks[frames, ..., None]], -1)
+        rgba = rgba.permute(0, 3, 1, 2).float() / 255
+        if size < rgba.shape[-1]:
             rgba = F.interpolate(rgba, size=(size, size), mode="area")
         rgba = rgba.reshape(*index.shape, 4, size, size)
         return rgba[..., :3, :, :], rgba[..., 3:, :, :]
 
-    def surface_points(self, k, n, seed=0):
-        """(n, 3) float32 points, uniform on the true outer surface of object k."""
-        if self.shapes is None:
-            raise ValueError("surface_points: only synthetic objects have a known surface")
-        return sample_surface(self.shapes[k], n, np.random.default_rng([seed, k]))
 
-
-# ---- Synthetic: primitives ----------------------------------------------------------------------
-COLOURS = dict(red=(.80, .16, .14), orange=(.92, .50, .12), yellow=(.93, .82, .22),
-               green=(.20, .62, .25), blue=(.17, .33, .80), purple=(.52, .24, .66),
-               white=(.88, .88, .86), brown=(.45, .28, .16))
-BLACK, GLASS = (.07, .07, .08), (.50, .68, .78)
-LIGHT = torch.tensor([0.48, 0.72, 0.50])         # unit length, from the object to the light
-SIDES = dict(box=torch.eye(3), cylinder=torch.tensor([[1., 0, 1], [0, 1, 0]]),   # see Primitive
-             ball=torch.ones(1, 3))
-CORNERS = torch.cartesian_prod(*[torch.tensor([-1., 1.])] * 3)           # (8, 3) of the cube
+# ---- Boxes and cylinders, and where rays meet them -----------------------------------------------
 
 
 @dataclass
 class Primitive:
-    """A box, a cylinder about its own y axis or a ball: x = centre + rotation @ (half * unit),
-    where SIDES[kind] @ unit^2 <= 1: x^2, y^2 and z^2 for a box, x^2 + z^2 and y^2 for a cylinder,
-    x^2 + y^2 + z^2 for a ball."""
-    kind: str                    # "box", "cylinder" or "ball"
+    """Something simple, stretched, turned and moved: x = centre + rotation @ (half * unit).
+
+    In its own unit coordinates it fills [-1, 1]^3. Each of its sides bounds a sum of squares by 1:
+    a box has three sides, x^2 <= 1, y^2 <= 1 and z^2 <= 1; a cylinder that stands has two,
+    x^2 + z^2 <= 1 and y^2 <= 1.
+    """
     centre: Tensor               # (3,)
-    half: Tensor                 # (3,) half sides; a cylinder's x and z are its radius
+    half: Tensor                 # (3,) half its width, height, depth
     colour: tuple                # rgb in [0, 1]
     rotation: Tensor             # (3, 3)
+    sides: Tensor                # (sides, 3), 1 for each square that a side adds up, else 0
 
 
 def box(centre, half, colour, tilt=0.0):
     """A box; tilt: radians about x, positive leans the top towards +z."""
     c, s = np.cos(tilt), np.sin(tilt)
-    R = torch.tensor([[1, 0, 0], [0, c, -s], [0, s, c]], dtype=torch.float32)
-    return Primitive("box", torch.tensor(centre).float(), torch.tensor(half).float(), colour, R)
+    rotation = torch.tensor([[1, 0, 0], [0, c, -s], [0, s, c]]).float()
+    centre, half = torch.tensor(centre).float(), torch.tensor(half).float()
+    return Primitive(centre, half, colour, rotation, sides=torch.eye(3))
 
 
-def cylinder(centre, radius, half_height, colour, lying=False):
-    """An upright cylinder, or one that lies along x (a wheel)."""
-    R = torch.tensor([[0., 1, 0], [-1, 0, 0], [0, 0, 1]]) if lying else torch.eye(3)
+def cylinder(centre, radius, half_height, colour):
+    """A cylinder that stands upright."""
     half = torch.tensor([radius, half_height, radius]).float()
-    return Primitive("cylinder", torch.tensor(centre).float(), half, colour, R)
-
-
-def ball(centre, half, colour):
-    """An upright ellipsoid of half axes `half`."""
-    return replace(box(centre, half, colour), kind="ball")
+    sides = torch.tensor([[1.0, 0, 1], [0, 1, 0]])
+    return Primitive(torch.tensor(centre).float(), half, colour, torch.eye(3), sides)
 
 
 def corners(part):
-    """(8, 3) corners of the primitive's own box, in the world."""
-    return part.centre + (CORNERS * part.half) @ part.rotation.T
+    """The corners of the primitive's own box, in the world: (8, 3)."""
+    ends = torch.tensor([-1.0, 1.0])
+    units = torch.cartesian_prod(ends, ends, ends)
+    return part.centre + (units * part.half) @ part.rotation.T
 
 
 def to_unit(part, points):
-    """Points (n, 3) in the primitive's coordinates: it is [-1, 1]^3, or round in it."""
+    """World points (K, 3) in the primitive's unit coordinates."""
     return (points - part.centre) @ part.rotation / part.half
 
 
-def hit(part, o, d):
-    """Distance t (n,) at which rays o + t d, (n, 3) each, enter the primitive; inf for a miss.
+def cross_side(side, o, d):
+    """Rays o + t d, in unit coordinates, satisfy one side from t = enter (R,) to t = leave (R,)."""
+    counted = side > 0
+    o, d = o[:, counted], d[:, counted]
+    if counted.sum() == 1:                               # between two faces: -1 <= o + t d <= 1
+        step = 1 / d[:, 0]
+        middle = -o[:, 0] * step
+        return middle - step.abs(), middle + step.abs()
+    a = (d ** 2).sum(1)                                  # |o + t d|^2 <= 1: a t^2 + 2 b t + c <= 0
+    b = (o * d).sum(1)
+    c = (o ** 2).sum(1) - 1
+    discriminant = b ** 2 - a * c
+    root = discriminant.clamp(min=0).sqrt()
+    root = torch.where(discriminant < 0, -torch.inf, root)           # a miss: enters at infinity
+    return (-b - root) / a, (-b + root) / a
 
-    In unit coordinates a ray is still a line with the same t, so a box is three slabs, and what is
-    round is one slab and one quadratic: it is hit where the last entry precedes the first exit.
+
+def hit(part, o, d):
+    """Distance t (R,) at which rays o + t d, (R, 3) each, enter the primitive; inf: they miss it.
+
+    In unit coordinates a ray is still a straight line with the same t. It is inside while it
+    satisfies every side: from its last entry to its first exit, if they come in this order.
     """
     o, d = to_unit(part, o), d @ part.rotation / part.half
-    d = torch.where(d == 0, 1e-9, d)
-    step = 1 / d
-    enter, leave = -o * step - step.abs(), -o * step + step.abs()    # (n, 3) of the three slabs
-    if part.kind != "box":
-        bent = SIDES[part.kind][0] > 0                               # a ball's slab cuts nothing
-        a, b = (d[:, bent] ** 2).sum(1), (o * d)[:, bent].sum(1)
-        root = b ** 2 - a * ((o[:, bent] ** 2).sum(1) - 1)
-        root = torch.where(root < 0, -torch.inf, root.clamp(min=0).sqrt())   # a miss never enters
-        enter = torch.stack([(-b - root) / a, enter[:, 1]], 1)       # side, caps
-        leave = torch.stack([(-b + root) / a, leave[:, 1]], 1)
-    t = enter.amax(1)
-    return torch.where((t < leave.amin(1)) & (t > 0), t, torch.inf)
+    d = torch.where(d == 0, 1e-9, d)                     # parallel to a face: never divide by 0
+    crossings = [cross_side(side, o, d) for side in part.sides]
+    last_entry = torch.stack([enter for enter, _ in crossings]).amax(0)
+    first_exit = torch.stack([leave for _, leave in crossings]).amin(0)
+    is_hit = (last_entry < first_exit) & (last_entry > 0)
+    return torch.where(is_hit, last_entry, torch.inf)
 
 
 def normal_at(part, points):
-    """Outward normals (n, 3) at surface points (n, 3): of the face that a point is nearest to."""
-    unit, sides = to_unit(part, points), SIDES[part.kind]
-    normal = unit * sides[(unit ** 2 @ sides.T).argmax(1)]           # the side's gradient
-    return F.normalize(normal / part.half @ part.rotation.T, dim=1)
+    """Outward normals (K, 3) at surface points (K, 3): of the side that a point is nearest to."""
+    unit = to_unit(part, points)
+    nearest = (unit ** 2 @ part.sides.T).argmax(1)       # (K,) the side whose sum is 1 there
+    gradient = unit * part.sides[nearest]                # of half that sum, in unit coordinates
+    return F.normalize(gradient / part.half @ part.rotation.T, dim=1)
 
 
-def raytrace(parts, cam2world, intrinsics, size, supersample=3, moves=None, ambient=0.65):
-    """Exact picture of P primitives: (V, size, size, 4) in [0, 1], colour x alpha, and alpha; and
-    which of them each ray met: (V, n, n) int64, -1 none, where n = size supersample.
+# ---- Pictures of them ----------------------------------------------------------------------------
 
-    moves (V, P, 4, 4): the rigid motion of each part in each view; None: all stay. A part that
-    moved by M is seen from camera C as the unmoved one is from M^-1 C: so all views go at once.
-    Lambert shading under one light fixed in the world, with enough ambient that no face is black:
-    the colour of a point is the same from everywhere, as the paper's volumes assume (what moves
-    breaks that, and the less the nearer ambient is to 1).
-    """
-    V, n = len(cam2world), size * supersample
-    u = (torch.arange(n) + 0.5) / n                                  # pixel centres
-    fx, fy, cx, cy = intrinsics[:, :, None, None].unbind(1)          # (V, 1, 1)
-    local = torch.stack(torch.broadcast_tensors((u - cx) / fx, -(u[:, None] - cy) / fy,
-                                                torch.tensor(-1.)), -1).reshape(-1, 3)   # v, y, x
-    nearest, which = torch.full((V * n * n,), torch.inf), torch.full((V * n * n,), -1)
-    rgb = torch.zeros(V * n * n, 3)
-    moves = torch.eye(4).expand(V, len(parts), 4, 4) if moves is None else moves
-    for i, part in enumerate(parts):
-        pose, light = moves[:, i].inverse() @ cam2world, LIGHT @ moves[:, i, :3, :3]
-        # Only the rays inside the rectangle around the part's corners: some 10x fewer.
-        lo, hi = project(corners(part), pose, intrinsics).aminmax(dim=1)             # (V, 2)
-        inside = (u >= lo[..., None]) & (u <= hi[..., None])         # (V, 2, n)
-        rays = (inside[:, 1, :, None] & inside[:, 0, None, :]).reshape(-1).nonzero()[:, 0]
-        view = rays // (n * n)
-        o, d = pose[view, :3, 3], (pose[view, :3, :3] * local[rays, None]).sum(-1)
+LIGHT = torch.tensor([0.48, 0.72, 0.50])                 # unit length, from the object to the light
+AMBIENT = 0.65                                           # OURS: so bright that no face is black
+
+
+class Canvas:
+    """The pictures that V cameras take, while they are drawn: n x n rays each, R rays in all."""
+
+    def __init__(self, intrinsics, n):
+        self.n = n
+        self.intrinsics = intrinsics                                 # (V, 4)
+        self.centres = (torch.arange(n) + 0.5) / n                   # (n,) of the rays' pixels
+        self.directions = pixel_directions(intrinsics, n).reshape(-1, 3)         # (R, 3) in camera
+        self.nearest = torch.full((len(self.directions),), torch.inf)            # how far they see
+        self.rgb = torch.zeros(len(self.directions), 3)              # and what colour
+
+    def draw(self, part, cam2world, light, ambient=AMBIENT):
+        """Draws a primitive seen from cam2world (V, 4, 4) under light (V, 3), where it is in front
+        of all others so far. Returns the numbers of the rays that see it.
+        """
+        # Only rays in the rectangle around its corners can meet it: some ten times fewer.
+        uv, _ = project(corners(part), cam2world, self.intrinsics)   # (V, 8, 2)
+        low, high = uv.aminmax(dim=1)                                # (V, 2)
+        inside = (self.centres >= low[..., None]) & (self.centres <= high[..., None])
+        columns, rows = inside.unbind(1)                             # (V, n) each
+        rays = (rows[:, :, None] & columns[:, None, :]).reshape(-1).nonzero()[:, 0]
+        view = rays // self.n ** 2
+        o = cam2world[view, :3, 3]                                   # (rays, 3)
+        d = cam2world[view, :3, :3] * self.directions[rays, None]
+        d = d.sum(-1)                                                # (rays, 3) in the world
         t = hit(part, o, d)
-        front = t < nearest[rays]
-        rays, view, t = rays[front], view[front], t[front]
-        normal = normal_at(part, o[front] + t[:, None] * d[front])
-        shade = ambient + (1 - ambient) * (normal * light[view]).sum(1)
-        nearest[rays], which[rays] = t, i
-        rgb[rays] = shade[:, None] * torch.tensor(part.colour).float()
-    rgba = torch.cat([rgb, nearest.isfinite()[:, None]], 1)
-    rgba = rgba.reshape(V, size, supersample, size, supersample, 4).mean((2, 4))
-    return rgba, which.reshape(V, n, n)
+        seen = t < self.nearest[rays]
+        rays, view, o, d, t = rays[seen], view[seen], o[seen], d[seen], t[seen]
+        # Lambert: as bright as the cosine between normal and light. No highlights: a point has one
+        # colour, from wherever it is seen, as in the paper's volumes.
+        cosine = (normal_at(part, o + t[:, None] * d) * light[view]).sum(1)
+        shade = ambient + (1 - ambient) * cosine
+        self.rgb[rays] = shade[:, None] * torch.tensor(part.colour).float()
+        self.nearest[rays] = t
+        return rays
+
+    def develop(self, size):
+        """(V, size, size, 4) in [0, 1]: colour x mask, and the mask, averaged over each pixel."""
+        mask = self.nearest.isfinite()[:, None]
+        rgba = torch.cat([self.rgb, mask], 1)
+        each = self.n // size                            # so many rays a pixel, down and across
+        return rgba.reshape(-1, size, each, size, each, 4).mean((2, 4))
 
 
-def sample_surface(parts, n, rng):
-    """(n, 3) points, uniform on the outside of the union of the parts.
-
-    A line through two random points of a sphere enters what is in the sphere in proportion to its
-    area (Crofton), so rays are all it takes: as many per area for every part's own sphere.
-    """
-    radius = np.array([part.half.norm() for part in parts])
-    found = torch.zeros(0, 3)
-    while len(found) < n:
-        for part, r, m in zip(parts, radius, rng.multinomial(4 * n, radius**2 / sum(radius**2))):
-            a, b = r * F.normalize(torch.from_numpy(rng.normal(size=(2, m, 3))).float(), dim=-1)
-            t = hit(part, part.centre + a, b - a)[:, None]
-            points = (part.centre + a + t * (b - a))[t[:, 0].isfinite()]
-            # A hair outside: where two parts touch, neither face is on the outside of the union.
-            outside = points + 1e-4 * normal_at(part, points)
-            buried = [(to_unit(p, outside) ** 2 @ SIDES[p.kind].T <= 1).all(1) for p in parts]
-            found = torch.cat([found, points[~torch.stack(buried).any(0)]])
-    return found[torch.from_numpy(rng.permutation(len(found))[:n])]
+def raytrace(parts, cam2world, intrinsics, size, supersample=3):
+    """Pictures (V, size, size, 4) in [0, 1] of an object made of primitives: see Canvas."""
+    canvas = Canvas(intrinsics, size * supersample)      # more rays than pixels: edges become soft
+    light = LIGHT.expand(len(cam2world), 3)
+    for part in parts:
+        canvas.draw(part, cam2world, light)
+    return canvas.develop(size)
 
 
-# ---- Synthetic: three families ------------------------------------------------------------------
+# ---- Chairs --------------------------------------------------------------------------------------
+# PAPER: 15,576 chairs of ShapeNet, 200 views each. SIMPLIFIED: chairs of a dozen primitives, which
+# need no download. As there, few kinds of parts are combined in endless ways.
+
+MARGIN = 0.93                    # OURS: largest half side of an object; the cube's is 1
+COLOURS = dict(red=(.80, .16, .14), orange=(.92, .50, .12), yellow=(.93, .82, .22),
+               green=(.20, .62, .25), blue=(.17, .33, .80), purple=(.52, .24, .66),
+               white=(.88, .88, .86), brown=(.45, .28, .16))
+
+
 def pick_colours(rng, n):
-    """n different (name, slightly jittered rgb)."""
-    names = rng.choice(list(COLOURS), n, replace=False)
-    return [(str(c), tuple(np.clip(np.add(COLOURS[c], rng.uniform(-.05, .05, 3)), .08, .95)))
-            for c in names]
+    """n different colours: their names, and their rgb, a little different every time."""
+    names = [str(name) for name in rng.choice(list(COLOURS), n, replace=False)]
+    colours = []
+    for name in names:
+        rgb = COLOURS[name] + rng.uniform(-.05, .05, 3)
+        colours.append(tuple(rgb.clip(.08, .95)))
+    return names, colours
 
 
-def stand(rng, central, x, z, foot, top, name, colour):
-    """What carries a seat or a table top at height `top`, and its name: one column on a round foot
-    of radius `foot`, or four legs at the corners of a half width x and half depth z."""
-    h = top / 2
-    if central:
-        return [cylinder((0, h + .05, 0), .10, h - .05, colour),
-                cylinder((0, .06, 0), foot, .06, colour)], f"a {name} pedestal"
-    r, is_round = rng.uniform(.06, .08), rng.random() < .4
-    at = [(sx * (x - r), h, sz * (z - r)) for sx in (-1, 1) for sz in (-1, 1)]
-    legs = [cylinder(c, r, h, colour) if is_round else box(c, (r, h, r), colour) for c in at]
-    return legs, f"{name} legs"
+def pedestal(foot, top, colour):
+    """What carries a seat at height `top`: one column on a round foot of radius `foot`."""
+    column = cylinder((0, top / 2 + .05, 0), .10, top / 2 - .05, colour)
+    return [column, cylinder((0, .06, 0), foot, .06, colour)]
+
+
+def four_legs(rng, x, z, top, colour):
+    """The same with legs at the corners of a seat of half width x and half depth z."""
+    r, h = rng.uniform(.06, .08), top / 2
+    is_round = rng.random() < .4
+    legs = []
+    for x_leg in (r - x, x - r):
+        for z_leg in (r - z, z - r):
+            if is_round:
+                legs.append(cylinder((x_leg, h, z_leg), r, h, colour))
+            else:
+                legs.append(box((x_leg, h, z_leg), (r, h, r), colour))
+    return legs
 
 
 def make_chair(rng):
-    """Primitives, noun, details of a chair: legs or pedestal, solid or slatted back, armrests."""
-    (name, colour), (name2, colour2) = pick_colours(rng, 2)
-    x, z, seat, t = rng.uniform(.42, .55), rng.uniform(.42, .52), rng.uniform(.75, .95), .06
-    height = rng.uniform(.35, .5) if rng.random() < .3 else rng.uniform(.7, .95)     # of the back
-    legs, words = stand(rng, rng.random() < .25, x, z, .8 * x, seat - t, name2, colour2)
-    parts, details = [box((0, seat, 0), (x, t, z), colour), *legs], [words]
-    lean = -rng.uniform(0, .15)                          # the top of the back leans backwards
-    def back(at, up, half):                              # its foot stands on the seat's back edge
-        where = (at, seat + t + up, -z + .06 + np.tan(lean) * up)
-        parts.append(box(where, half, colour, lean))
+    """A chair that looks along +z and stands on y = 0: its primitives, noun and details."""
+    names, colours = pick_colours(rng, 2)
+    x, z = rng.uniform(.42, .55), rng.uniform(.42, .52)              # half width, half depth
+    seat, thick = rng.uniform(.75, .95), .06
+    is_low = rng.random() < .3
+    height = rng.uniform(.35, .5) if is_low else rng.uniform(.7, .95)            # of the back
+    parts = [box((0, seat, 0), (x, thick, z), colours[0])]
+    if rng.random() < .25:
+        parts += pedestal(.8 * x, seat - thick, colours[1])
+        details = [f"a {names[1]} pedestal"]
+    else:
+        parts += four_legs(rng, x, z, seat - thick, colours[1])
+        details = [f"{names[1]} legs"]
+
+    lean = -rng.uniform(0, .15)                          # the back's top leans backwards
+    def back(sideways, up, half):                        # a piece of it, `up` above the seat
+        behind = -z + .06 + np.tan(lean) * up
+        parts.append(box((sideways, seat + thick + up, behind), half, colours[0], lean))
     if rng.random() < .4:
         details.append("a slatted back")
-        for i in np.linspace(-1, 1, rng.integers(3, 5)):
-            back(i * (x - .055), height / 2, (.055, height / 2, .055))
+        for sideways in np.linspace(-1, 1, rng.integers(3, 5)):
+            back(sideways * (x - .055), height / 2, (.055, height / 2, .055))
         back(0, height, (x, .07, .06))
     else:
         back(0, height / 2, (x, height / 2, .06))
+
     if rng.random() < .4:
         details.append("armrests")
         rise = min(rng.uniform(.25, .35), .8 * height)
-        for at in (-x + .055, x - .055):
-            parts.append(box((at, seat + rise, 0), (.055, .05, z), colour2))
-            parts.append(box((at, seat + rise / 2, z - .08), (.055, rise / 2, .055), colour2))
-    return parts, f"{name} chair", details
+        for side in (.055 - x, x - .055):
+            parts.append(box((side, seat + rise, 0), (.055, .05, z), colours[1]))
+            parts.append(box((side, seat + rise / 2, z - .08), (.055, rise / 2, .055), colours[1]))
+    return parts, f"{names[0]} chair", details
+
+
+def make_object(family, rng):
+    """An object of a family such as make_chair, put into the cube: its primitives, a caption."""
+    parts, noun, details = family(rng)
+    listed = details[-1]
+    if len(details) > 1:
+        listed = ", ".join(details[:-1]) + " and " + listed
+    caption = f"a {noun} with {listed}".replace("a orange", "an orange")
+    # Their common box is centred; its largest half side becomes MARGIN, or less where a corner
+    # would be more than 1.25 from the middle: that far the cameras see.
+    points = torch.cat([corners(part) for part in parts])
+    low, high = points.aminmax(dim=0)
+    centre = (low + high) / 2
+    farthest = (points - centre).norm(dim=1).max()
+    scale = min(MARGIN / (high - low).max() * 2, 1.25 / farthest)
+    parts = [replace(part, centre=(part.centre - centre) * scale, half=part.half * scale)
+             for part in parts]
+    return parts, caption
+
+
+def cameras_all_round(n_views, rng):
+    """Cameras 4 away that look at the middle: cam2world (V, 4, 4), intrinsics (V, 4)."""
+    share = (np.arange(n_views) + rng.random(n_views)) / n_views     # one in each of V equal slices
+    azimuth = torch.from_numpy(share * 2 * np.pi)
+    elevation = torch.from_numpy(np.radians(rng.uniform(-5, 50, n_views)))
+    # A sphere of radius 1.25 seen from 4 away spans 2 tan(asin(1.25 / 4)) = 0.658 at unit depth:
+    # with a focal length of 1.45, 95 % of the picture.
+    intrinsics = torch.tensor([[1.45, 1.45, 0.5, 0.5]]).repeat(n_views, 1)
+    return orbit(azimuth, elevation, 4.0).float(), intrinsics
+
+
+def every_nth(n_views, holdout):
+    """Which views of an object are held out: (V,) bool, every holdout-th; 0: none."""
+    number = torch.arange(1, n_views + 1)
+    if holdout == 0:
+        return torch.zeros(n_views, dtype=torch.bool)
+    return number % holdout == 0
+
+
+def load_synthetic(size, holdout=6, seed=0, n_objects=128, n_views=24, families=(make_chair,)):
+    """The Dataset of n_objects that are made up, families taking turns, with n_views of each.
+
+    Object k depends on k and the seed alone, so a larger set begins with the same objects.
+    """
+    rgba, cam2world, intrinsics, captions, shapes = [], [], [], [], []
+    for k in range(n_objects):
+        rng = np.random.default_rng([seed, k])
+        parts, caption = make_object(families[k % len(families)], rng)
+        poses, cameras = cameras_all_round(n_views, rng)
+        pictures = raytrace(parts, poses, cameras, size)
+        rgba.append((pictures * 255).round().byte())     # as photos are
+        cam2world.append(poses)
+        intrinsics.append(cameras)
+        captions.append(caption)
+        shapes.append(parts)
+    rgba = torch.cat(rgba)                               # (frames, size, size, 4)
+    return Dataset(
+        images=rgba[..., :3], masks=rgba[..., 3],
+        cam2world=torch.cat(cam2world), intrinsics=torch.cat(intrinsics),
+        object_index=torch.arange(n_objects).repeat_interleave(n_views),
+        heldout=every_nth(n_views, holdout).repeat(n_objects),
+        names=[f"{k:04d}" for k in range(n_objects)], captions=captions,
+        layout="synthetic: of boxes and cylinders", skipped=[], shapes=shapes)
+
+
+# ==== Second reading: other objects, what moves, photos and clips =================================
+import argparse  # noqa: E402
+import difflib  # noqa: E402
+import itertools  # noqa: E402
+import json  # noqa: E402
+import re  # noqa: E402
+import struct  # noqa: E402
+import sys  # noqa: E402
+from collections import Counter  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import imageio.v3 as iio  # noqa: E402
+
+# ---- A stranger's input --------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one BadInput line, with a guess at the flag that was meant."""
+
+    # TRAP: a prefix of a flag must be an error, or --step for --steps would pass in silence.
+    def __init__(self, *args, **options):
+        super().__init__(*args, allow_abbrev=False, **options)
+
+    def error(self, message):
+        if message.startswith("unrecognized"):
+            for flag in re.findall(r"--[\w-]+", message):
+                for guess in difflib.get_close_matches(flag, self._option_string_actions, 1):
+                    message += f" (did you mean {guess}?)"
+        raise BadInput(message)
+
+
+def run_cli(main):
+    """Calls main(); a BadInput, or a file that cannot be read or made, becomes one line on stderr
+    and exit status 2, not a traceback."""
+    try:
+        main()
+    except (BadInput, OSError) as err:
+        one_line = " ".join(str(err).split())
+        print(f"error: {one_line}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---- What every source delivers ------------------------------------------------------------------
+
+
+class LeftOut(Exception):
+    """One object cannot be used, while the others can: str() is the reason, which `load` counts."""
+
+
+@dataclass
+class Capture:
+    """One object as its source delivers it: a picture, a pose and a camera for each of V views."""
+    rgba: Tensor                 # (V, size, size, 4) uint8: colour x mask, and the mask
+    cam2world: Tensor            # (V, 4, 4) float32
+    intrinsics: Tensor           # (V, 4) float32
+    caption: str = None
+    shapes: list = None          # its primitives, of rigid made-up objects
+    truth: dict = None           # how it moved, of puppets
+
+
+def gather(names, captures, holdout, layout, skipped, moving):
+    """N names and Captures -> Dataset; the other arguments are its fields, holdout as in `load`."""
+    object_index, heldout = [], []
+    for k, capture in enumerate(captures):
+        n_views = len(capture.rgba)
+        object_index.append(torch.full((n_views,), k))
+        if moving:
+            heldout.append(last_of(n_views, holdout))
+        else:
+            heldout.append(every_nth(n_views, holdout))
+    rgba = torch.cat([capture.rgba for capture in captures])         # (frames, size, size, 4)
+    dataset = Dataset(
+        images=rgba[..., :3], masks=rgba[..., 3],
+        cam2world=torch.cat([capture.cam2world for capture in captures]),
+        intrinsics=torch.cat([capture.intrinsics for capture in captures]),
+        object_index=torch.cat(object_index), heldout=torch.cat(heldout),
+        names=names, captions=[capture.caption for capture in captures],
+        layout=layout, skipped=skipped, moving=moving)
+    if captures[0].shapes is not None:
+        dataset.shapes = [capture.shapes for capture in captures]
+    if captures[0].truth is not None:
+        dataset.truth = {}
+        for key in captures[0].truth:
+            dataset.truth[key] = torch.cat([capture.truth[key] for capture in captures])
+    return dataset
+
+
+def last_of(n_views, holdout):
+    """Which frames of a clip are held out: (V,) bool, the last 1/holdout; 0: none.
+
+    Neighbours in time are all but equal: every n-th frame would test nothing but memory.
+    """
+    n_heldout = 0
+    if holdout > 0:
+        n_heldout = n_views // holdout
+    return torch.arange(n_views) >= n_views - n_heldout
+
+
+# ---- Made-up objects: tables, vehicles; an arc of cameras ----------------------------------------
+
+BLACK = (.07, .07, .08)
+GLASS = (.50, .68, .78)
+
+
+def ball(centre, half, colour):
+    """An upright ellipsoid of half axes `half`: its one side is x^2 + y^2 + z^2 <= 1."""
+    return replace(box(centre, half, colour), sides=torch.ones(1, 3))
+
+
+def wheel(centre, radius, half_width, colour):
+    """A cylinder that lies along x."""
+    y_to_x = torch.tensor([[0.0, 1, 0], [-1, 0, 0], [0, 0, 1]])
+    return replace(cylinder(centre, radius, half_width, colour), rotation=y_to_x)
+
+
+def inside(part, points):
+    """Which of the points (K, 3) are inside the primitive or on it: (K,) bool, for who judges."""
+    unit = to_unit(part, points)
+    sums = unit ** 2 @ part.sides.T                                  # (K, sides)
+    return (sums <= 1).all(1)
+
+
+def table_plate(is_round, y, x, z, thick, colour):
+    """A table's top or shelf at height y, of half width x and half depth z."""
+    if is_round:
+        return cylinder((0, y, 0), x, thick, colour)
+    return box((0, y, 0), (x, thick, z), colour)
 
 
 def make_table(rng):
-    """Primitives, noun, details of a table: round or not, legs or pedestal, perhaps a shelf."""
-    (name, colour), (name2, colour2) = pick_colours(rng, 2)
-    is_round, central, shelf = rng.random() < .4, rng.random() < .35, rng.random() < .35
-    height, t = rng.uniform(.7, 1.2), rng.uniform(.05, .07)
-    x = rng.uniform(.70, .85) if is_round else rng.uniform(.75, .93)
-    z = x if is_round else rng.uniform(.5, .7)
-    inset = .68 if is_round else .95                     # legs stand within a round top's rim
-    def plate(y, x, z):
-        return cylinder((0, y, 0), x, t, colour) if is_round else box((0, y, 0), (x, t, z), colour)
-    legs, words = stand(rng, central, inset * x, inset * z, .6 * z, height - t, name2, colour2)
-    parts, details = [plate(height, x, z), *legs], [words]
-    if shelf:
+    """A table: its primitives, noun and details, as make_chair's."""
+    names, colours = pick_colours(rng, 2)
+    is_round = rng.random() < .4
+    has_pedestal = rng.random() < .35
+    has_shelf = rng.random() < .35
+    height, thick = rng.uniform(.7, 1.2), rng.uniform(.05, .07)
+    if is_round:
+        x = z = rng.uniform(.70, .85)                    # half width, half depth
+        inset = .68                                      # the legs stand within the round rim
+        noun = f"{names[0]} round table"
+    else:
+        x, z = rng.uniform(.75, .93), rng.uniform(.5, .7)
+        inset = .95
+        noun = f"{names[0]} table"
+
+    parts = [table_plate(is_round, height, x, z, thick, colours[0])]
+    if has_pedestal:
+        parts += pedestal(.6 * z, height - thick, colours[1])
+        details = [f"a {names[1]} pedestal"]
+    else:
+        parts += four_legs(rng, inset * x, inset * z, height - thick, colours[1])
+        details = [f"{names[1]} legs"]
+    if has_shelf:
+        shelf = height * rng.uniform(.35, .5)
+        parts.append(table_plate(is_round, shelf, .68 * x, .8 * z, thick, colours[0]))
         details.append("a shelf")
-        parts.append(plate(height * rng.uniform(.35, .5), .68 * x, .8 * z))
-    return parts, f"{name} {'round ' * is_round}table", details
+    return parts, noun, details
+
+
+def cabin(back, front, x, y, rise, colour):
+    """A vehicle's cabin from z = back to z = front on height y: glass all round, a painted roof."""
+    middle, half = (back + front) / 2, (front - back) / 2
+    windows = box((0, y + rise / 2, middle), (x * .9, rise / 2, half), GLASS)
+    roof = box((0, y + rise + .05, middle), (x * .92, .05, half + .02), colour)
+    return [windows, roof]
 
 
 def make_vehicle(rng):
-    """Primitives, noun, details of a car, van or truck, looking along +z."""
-    (name, colour), (name2, colour2) = pick_colours(rng, 2)
+    """A car, van or truck that drives along +z: its primitives, noun and details."""
+    names, colours = pick_colours(rng, 2)
     kind = str(rng.choice(["car", "van", "truck"]))
-    x, z, r = rng.uniform(.36, .44), .93, rng.uniform(.17, .23)
-    low, h = r * .9, rng.uniform(.14, .18)               # body: bottom, half height
-    top = low + 2 * h
-    parts = [box((0, low + h, 0), (x, h, z), colour)]
-    def cabin(z0, z1, up):                               # glass all round under a painted roof
-        at, half = (z0 + z1) / 2, (z1 - z0) / 2
-        parts.append(box((0, top + up / 2, at), (x * .9, up / 2, half), GLASS))
-        parts.append(box((0, top + up + .05, at), (x * .92, .05, half + .02), colour))
+    x, z = rng.uniform(.36, .44), .93                    # half width, half length
+    r = rng.uniform(.17, .23)                            # of the wheels
+    bottom, h = r * .9, rng.uniform(.14, .18)            # of the body: lower face, half height
+    top = bottom + 2 * h
+    parts = [box((0, bottom + h, 0), (x, h, z), colours[0])]
+    details = []
     if kind == "car":
-        cabin(-.62 + rng.uniform(-.1, .1), rng.uniform(.2, .4), rng.uniform(.2, .26))
+        back, front = -.62 + rng.uniform(-.1, .1), rng.uniform(.2, .4)
+        parts += cabin(back, front, x, top, rng.uniform(.2, .26), colours[0])
     elif kind == "van":
-        cabin(-.91, rng.uniform(.45, .65), rng.uniform(.35, .5))
+        front = rng.uniform(.45, .65)
+        parts += cabin(-.91, front, x, top, rng.uniform(.35, .5), colours[0])
     else:
-        cabin(.35, rng.uniform(.8, .9), rng.uniform(.25, .35))
-        up = rng.uniform(.2, .35)
-        parts.append(box((0, top + up, (.28 - z) / 2), (x, up, (.28 + z) / 2), colour2))
-    for s in (-1, 1):
-        parts.append(box((s * (x - .12), low + 1.2 * h, z), (.08, .06, .03), COLOURS["yellow"]))
-        parts += [cylinder((s * x, r, end * rng.uniform(.54, .6)), r, .075, BLACK, lying=True)
-                  for end in (-1, 1)]
-    load = [f"a {name2} box"] if kind == "truck" else []
-    return parts, f"{name} {kind}", load + ["black wheels"]
+        front = rng.uniform(.8, .9)
+        parts += cabin(.35, front, x, top, rng.uniform(.25, .35), colours[0])
+        h_load = rng.uniform(.2, .35)                    # it lies behind the cabin
+        middle, half = (.28 - z) / 2, (.28 + z) / 2
+        parts.append(box((0, top + h_load, middle), (x, h_load, half), colours[1]))
+        details.append(f"a {names[1]} box")
+    for side in (-1, 1):
+        lamp = (side * (x - .12), bottom + 1.2 * h, z)
+        parts.append(box(lamp, (.08, .06, .03), COLOURS["yellow"]))
+        for end in (-1, 1):
+            hub = (side * x, r, end * rng.uniform(.54, .6))
+            parts.append(wheel(hub, r, .075, BLACK))
+    return parts, f"{names[0]} {kind}", details + ["black wheels"]
 
 
-def synthetic_cameras(n_views, rng, arc=0.0):
-    """Cameras on a sphere of radius 4 looking at 0: cam2world (V, 4, 4), intrinsics (V, 4).
+FAMILIES = (make_chair, make_table, make_vehicle)
 
-    arc: degrees; then they go from -arc to arc round the front, one step a view, 12 away.
+
+def cameras_on_an_arc(n_views, arc):
+    """Cameras from -arc to arc degrees round the front, one step a view, as one films.
+
+    They stand 12 away, and see the object as large as from 4: cam2world, intrinsics.
     """
-    azimuth = (np.arange(n_views) + rng.random(n_views)) / n_views * 2 * np.pi     # stratified
-    elevation, distance = np.radians(rng.uniform(-5, 50, n_views)), 4
-    if arc:
-        azimuth = np.radians(np.linspace(-arc, arc, n_views))
-        elevation, distance = np.radians(15) + 0 * azimuth, 12
-    where = distance * np.stack([np.sin(azimuth) * np.cos(elevation), np.sin(elevation),
-                                 np.cos(azimuth) * np.cos(elevation)], 1)
-    # A sphere of radius 1.25 seen from 4 spans 2 tan(asin(1.25 / 4)) = 0.658 at unit depth: 95 %.
-    f = 1.45 * distance / 4
-    return look_at(where), torch.tensor([[f, f, 0.5, 0.5]]).repeat(n_views, 1)
+    azimuth = torch.from_numpy(np.radians(np.linspace(-arc, arc, n_views)))
+    f = 1.45 * 12 / 4
+    intrinsics = torch.tensor([[f, f, 0.5, 0.5]]).repeat(n_views, 1)
+    return orbit(azimuth, np.radians(15.0), 12.0).float(), intrinsics
 
 
-def synthetic_object(arc, seed, k, n_views, size, skipped):
-    """Object k, whatever their number, as `load` collects it; families take turns."""
+def synthetic_object(k, seed, n_views, size, arc=0.0):
+    """Object k of load_synthetic with all FAMILIES: a Capture. arc: see cameras_on_an_arc."""
     rng = np.random.default_rng([seed, k])
-    parts, noun, details = (make_chair, make_table, make_vehicle)[k % 3](rng)
-    listed = ", ".join(details[:-1]) + " and " * (len(details) > 1) + details[-1]
-    caption = f"a {noun} with {listed}".replace("a orange", "an orange")
-    # Their common box is centred; its largest half side is MARGIN, or less where a corner would
-    # be more than 1.25 from the middle: that far the cameras see.
-    points = torch.cat([corners(part) for part in parts])
-    lo, hi = points.aminmax(dim=0)
-    centre = (lo + hi) / 2
-    scale = min(MARGIN / (hi - lo).max() * 2, 1.25 / (points - centre).norm(dim=1).max())
-    parts = [replace(p, centre=(p.centre - centre) * scale, half=p.half * scale) for p in parts]
-    poses, intrinsics = synthetic_cameras(n_views, rng, arc)
-    rgba, _ = raytrace(parts, poses, intrinsics, size)
-    return (rgba * 255).round().byte(), poses, intrinsics, caption, parts
+    parts, caption = make_object(FAMILIES[k % len(FAMILIES)], rng)
+    if arc == 0:
+        cam2world, intrinsics = cameras_all_round(n_views, rng)
+    else:
+        cam2world, intrinsics = cameras_on_an_arc(n_views, arc)
+    pictures = raytrace(parts, cam2world, intrinsics, size)
+    rgba = (pictures * 255).round().byte()
+    return Capture(rgba, cam2world, intrinsics, caption, shapes=parts)
 
 
-# ---- Synthetic: puppets -------------------------------------------------------------------------
-PARTS = "head", "torso", "left arm", "right arm", "left leg", "right leg"
+# ---- Puppets: made-up people who move before one camera ------------------------------------------
+# They stand in for the paper's CelebV-Text, with all that no film tells: who was in which pose.
+
+PARTS = ("head", "torso", "left arm", "right arm", "left leg", "right leg")
+TORSO, LEFT_ARM, RIGHT_ARM = 1, 2, 3
+LEFT_LEG, RIGHT_LEG = 4, 5
+
 HAIR = dict(black=(.10, .09, .09), brown=(.36, .21, .11), blond=(.90, .75, .40),
             ginger=(.75, .33, .10), grey=(.62, .62, .64))
-SKIN = (.96, .78, .66), (.85, .62, .46), (.62, .41, .28), (.50, .33, .24)
-PINK, CYAN = (.95, .42, .66), (.20, .74, .82)    # left and right: no shirt has these
+SKIN = ((.96, .78, .66), (.85, .62, .46), (.62, .41, .28), (.50, .33, .24))
+PINK, CYAN = (.95, .42, .66), (.20, .74, .82)            # left and right: no shirt has these
+LIPS, BADGE, SHOE = (.70, .14, .16), (.14, .12, .20), (.9, .9, .88)
 
 
-def make_head(y, r, skin, hair, sides):
-    """A head at height y: hair on top and behind; nose, mouth, two eyes in front; earmuffs."""
-    eyes = [ball((s * .4 * r, y + .05 * r, .86 * r), (.18 * r, .24 * r, .15 * r), BLACK)
-            for s in (1, -1)]
-    muffs = [ball((s * .95 * r, y - .05 * r, 0), (.35 * r, .55 * r, .5 * r), side)
-             for s, side in zip((1, -1), sides)]
-    return eyes + muffs + [ball((0, y, 0), (r, 1.2 * r, r), skin),
-                   ball((0, y + .35 * r, -.25 * r), (1.06 * r, 1.05 * r, r), hair),
-                   ball((0, y - .25 * r, r), (.2 * r, .2 * r, .2 * r), skin),
-                   box((0, y - .62 * r, .8 * r), (.36 * r, .11 * r, .12 * r), (.70, .14, .16))]
+@dataclass
+class Puppet:
+    """Measures and colours of a puppet. Its left is at +x; its feet stand at y = -0.85."""
+    hip: float                   # height of the legs' joints
+    shoulder: float              # height of the arms' ends
+    chest: float                 # half of the shoulders' width
+    head: float                  # radius
+    limb: float                  # radius of an arm
+    arm: float                   # length
+    skin: tuple
+    shirt: tuple
+    trousers: tuple
+    left: tuple                  # colour of what is on its left: hand, sleeve, shoe, earmuff
+    right: tuple
+    hair: tuple
+
+    @property
+    def leg(self):
+        """Length of a leg."""
+        return self.hip + 0.85
+
+    @property
+    def middle(self):
+        """Height of the body's middle."""
+        return (self.hip + self.shoulder) / 2
+
+    @property
+    def chin(self):
+        """Height of the neck's joint."""
+        return self.shoulder + .07
+
+
+def make_head(puppet):
+    """The head's primitives: hair on top and behind; nose, mouth, two eyes in front; earmuffs."""
+    r, y = puppet.head, puppet.chin + 1.15 * puppet.head
+    nose_size = (.2 * r, .2 * r, .2 * r)
+    eye_size = (.18 * r, .24 * r, .15 * r)
+    muff_size = (.35 * r, .55 * r, .5 * r)
+    left_eye = ball((.4 * r, y + .05 * r, .86 * r), eye_size, BLACK)
+    right_eye = ball((-.4 * r, y + .05 * r, .86 * r), eye_size, BLACK)
+    left_muff = ball((.95 * r, y - .05 * r, 0), muff_size, puppet.left)
+    right_muff = ball((-.95 * r, y - .05 * r, 0), muff_size, puppet.right)
+    skull = ball((0, y, 0), (r, 1.2 * r, r), puppet.skin)
+    hair = ball((0, y + .35 * r, -.25 * r), (1.06 * r, 1.05 * r, r), puppet.hair)
+    nose = ball((0, y - .25 * r, r), nose_size, puppet.skin)
+    mouth = box((0, y - .62 * r, .8 * r), (.36 * r, .11 * r, .12 * r), LIPS)
+    return [left_eye, right_eye, left_muff, right_muff, skull, hair, nose, mouth]
+
+
+def make_torso(puppet):
+    """The torso's primitives: neck, shirt, hips, a badge; and a vest that is open in front: what is
+    seen of its two halves, in two colours, tells how far the body has turned."""
+    x, y = puppet.chest, puppet.middle + .03
+    half = (puppet.shoulder - puppet.hip) / 2
+    badge_height = (puppet.shoulder + puppet.middle) / 2
+    vest_size = (.60 * x, half + .03, .19)
+    neck = cylinder((0, puppet.chin, 0), .08, .07, puppet.skin)
+    shirt = ball((0, y, 0), (x, half + .05, .20), puppet.shirt)
+    hips = ball((0, puppet.hip + .02, 0), (.95 * x, .14, .19), puppet.trousers)
+    badge = box((0, badge_height, .17), (.07, .07, .03), BADGE)
+    left_vest = ball((.5 * x, y, .01), vest_size, puppet.left)
+    right_vest = ball((-.5 * x, y, .01), vest_size, puppet.right)
+    return [neck, shirt, hips, badge, left_vest, right_vest]
+
+
+def make_arm(puppet, x, colour):
+    """An arm that hangs down at x: sleeve, forearm and, last, the hand."""
+    top, length, r = puppet.shoulder, puppet.arm, puppet.limb
+    sleeve_size = (r + .02, .29 * length, r + .02)
+    sleeve = ball((x, top - .25 * length, 0), sleeve_size, colour)
+    forearm = ball((x, top - .68 * length, 0), (r, .27 * length, r), puppet.skin)
+    hand = ball((x, top - .93 * length, 0), (.07, .085, .07), colour)
+    return [sleeve, forearm, hand]
+
+
+def make_leg(puppet, x, colour):
+    """A leg that stands at x: thigh, shin, a sock and a shoe."""
+    top, length, r = puppet.hip, puppet.leg, puppet.limb
+    thigh_size = (r + .04, .33 * length, r + .04)
+    shin_size = (r + .02, .30 * length, r + .02)
+    thigh = ball((x, top - .25 * length, 0), thigh_size, puppet.trousers)
+    shin = ball((x, top - .65 * length, 0), shin_size, puppet.trousers)
+    sock = cylinder((x, -.73, 0), r + .01, .05, SHOE)
+    shoe = ball((x, -.79, .04), (.075, .06, .13), colour)
+    return [thigh, shin, sock, shoe]
+
+
+def pick_shade(rng, rgb, shared_colours):
+    """rgb, a little different every time; or, where colours are not shared, any colour at all."""
+    if not shared_colours:
+        rgb = rng.uniform(.05, .95, 3)
+    return tuple((rgb + rng.uniform(-.05, .05, 3)).clip(.05, .97))
 
 
 def make_puppet(rng, shared_colours=True):
-    """Six lists of Primitive in the order of PARTS, at rest; joints (6, 3); caption.
+    """A puppet at rest: six lists of Primitive in the order of PARTS, joints (6, 3), a caption.
 
-    At rest it stands on y = -0.85, looks along +z and lets its arms hang; its left is at +x.
-    OURS: colours differ, their roles do not (eyes in front, pink left, cyan right), as with real
-    people. Without shared_colours those of skin, hair, left and right are anything.
+    At rest it looks along +z and lets its arms hang. OURS: colours differ, their roles do not (eyes
+    in front, pink on the left, cyan on the right), as with real people, so that poses can be
+    learned. Without shared_colours those of skin, hair, left and right are anything.
     """
-    def jitter(rgb):
-        rgb = rgb if shared_colours else rng.uniform(.05, .95, 3)
-        return tuple(np.clip(np.add(rgb, rng.uniform(-.05, .05, 3)), .05, .97))
     hair = str(rng.choice(list(HAIR)))
-    (shirt, top), (trousers, low) = pick_colours(rng, 2)
-    skin, sides = jitter(SKIN[rng.integers(len(SKIN))]), [jitter(c) for c in (PINK, CYAN)]
-    hip, shoulder = rng.uniform(-.26, -.16), rng.uniform(.18, .24)
-    x, r = rng.uniform(.22, .28), rng.uniform(.23, .26)      # half of the shoulders, of the head
-    thick, arm = rng.uniform(.055, .075), rng.uniform(.48, .56)
-    leg, middle, chin = hip + .85, (hip + shoulder) / 2, shoulder + .07          # feet at -.85
-    chest, half = (shoulder + middle) / 2, (shoulder - hip) / 2
-    torso = [cylinder((0, chin, 0), .08, .07, skin),
-             ball((0, middle + .03, 0), (x, half + .05, .20), top),
-             ball((0, hip + .02, 0), (.95 * x, .14, .19), low),
-             box((0, chest, .17), (.07, .07, .03), (.14, .12, .20))]
-    # A vest that is open in front: what is seen of its two halves tells how far the body turned.
-    torso += [ball((s * .5 * x, middle + .03, .01), (.60 * x, half + .03, .19), side)
-              for s, side in zip((1, -1), sides)]
-    head = make_head(chin + 1.15 * r, r, skin, jitter(HAIR[hair]), sides)
-    parts, joints = [head, torso], [(0, chin, 0), (0, hip, 0)]
-    for at, side in zip((x + .03, -x - .03), sides):
-        sleeve, hand = thick + .02, shoulder - .93 * arm
-        parts.append([ball((at, shoulder - .25 * arm, 0), (sleeve, .29 * arm, sleeve), side),
-                      ball((at, shoulder - .68 * arm, 0), (thick, .27 * arm, thick), skin),
-                      ball((at, hand, 0), (.07, .085, .07), side)])
-        joints.append((at, shoulder - .03, 0))
-    for at, side in zip((.52 * x, -.52 * x), sides):
-        parts.append([ball((at, hip - .25 * leg, 0), (thick + .04, .33 * leg, thick + .04), low),
-                      ball((at, hip - .65 * leg, 0), (thick + .02, .30 * leg, thick + .02), low),
-                      cylinder((at, -.73, 0), thick + .01, .05, (.9, .9, .88)),
-                      ball((at, -.79, .04), (.075, .06, .13), side)])
-        joints.append((at, hip, 0))
-    caption = f"a puppet with {hair} hair, a {shirt} shirt and {trousers} trousers"
+    names, (shirt, trousers) = pick_colours(rng, 2)
+    skin = SKIN[rng.integers(len(SKIN))]
+    skin = pick_shade(rng, skin, shared_colours)
+    left = pick_shade(rng, PINK, shared_colours)
+    right = pick_shade(rng, CYAN, shared_colours)
+    puppet = Puppet(
+        hip=rng.uniform(-.26, -.16), shoulder=rng.uniform(.18, .24), chest=rng.uniform(.22, .28),
+        head=rng.uniform(.23, .26), limb=rng.uniform(.055, .075), arm=rng.uniform(.48, .56),
+        skin=skin, shirt=shirt, trousers=trousers, left=left, right=right,
+        hair=pick_shade(rng, HAIR[hair], shared_colours))
+
+    arm_x, leg_x = puppet.chest + .03, .52 * puppet.chest            # of the left ones
+    parts = [make_head(puppet), make_torso(puppet)]
+    parts.append(make_arm(puppet, arm_x, left))
+    parts.append(make_arm(puppet, -arm_x, right))
+    parts.append(make_leg(puppet, leg_x, left))
+    parts.append(make_leg(puppet, -leg_x, right))
+
+    arm_y = puppet.shoulder - .03
+    joints = [(0, puppet.chin, 0), (0, puppet.hip, 0)]               # of head and torso
+    joints += [(arm_x, arm_y, 0), (-arm_x, arm_y, 0)]
+    joints += [(leg_x, puppet.hip, 0), (-leg_x, puppet.hip, 0)]
+    caption = f"a puppet with {hair} hair, a {names[0]} shirt and {names[1]} trousers"
     return parts, torch.tensor(joints).float(), caption.replace("a orange", "an orange")
 
 
-def turn(x, y, z):
-    """Rotations (n, 3, 3) by angles (n,) about x, then z, then y: pitch, roll, yaw."""
-    def about(axis, a):
-        R = torch.eye(3).repeat(len(a), 1, 1)
-        R[:, 1, 1], R[:, 1, 2], R[:, 2, 1], R[:, 2, 2] = a.cos(), -a.sin(), a.sin(), a.cos()
-        return R.roll((axis, axis), (1, 2))
-    return about(1, y) @ about(2, z) @ about(0, x)
+def rotation_about(axis, angle):
+    """Rotations (V, 3, 3) about axis 0, 1 or 2 by angles (V,), radians."""
+    after, last = (axis + 1) % 3, (axis + 2) % 3
+    R = torch.eye(3).repeat(len(angle), 1, 1)
+    R[:, after, after] = angle.cos()
+    R[:, after, last] = -angle.sin()
+    R[:, last, after] = angle.sin()
+    R[:, last, last] = angle.cos()
+    return R
+
+
+def rotations(pitch, yaw, roll):
+    """Rotations (V, 3, 3) about x by pitch, then z by roll, then y by yaw; angles (V,) each."""
+    return rotation_about(1, yaw) @ rotation_about(2, roll) @ rotation_about(0, pitch)
+
+
+def swing(rng, n, low, high, pace=3):
+    """Angles (n,), radians, that go to and fro between low and high degrees and reach both."""
+    return torch.deg2rad(low + (high - low) / 2 * (1 + wave(rng, n, pace)))
+
+
+def wave(rng, n, pace=3):
+    """(n,) from -1 to 1: two sines of random pace and phase."""
+    t = np.linspace(0, 2 * np.pi, n)
+    slow = np.sin(rng.uniform(pace, 1.5 * pace) * t + rng.uniform(0, 2 * np.pi))
+    fast = np.sin(rng.uniform(2 * pace, 3 * pace) * t + rng.uniform(0, 2 * np.pi))
+    x = slow + .5 * fast
+    x = 2 * (x - x.min()) / max(np.ptp(x), 1e-9) - 1
+    return torch.from_numpy(x).float()
 
 
 def move_puppet(joints, n, rng):
-    """How a puppet moves in n frames: yaw (n,), angles (n, 4) of the limbs, radians, and poses
-    (n, 6, 4, 4): each part's rigid motion from rest. Every part turns about its joint, then the
-    whole body about 0, within +-45 degrees to both sides: one camera in front sees no more.
+    """How a puppet moves in n frames: yaw (n,); angles (n, 4) of arms and legs, radians; poses
+    (n, 6, 4, 4), each part's rigid motion from rest.
+
+    Every part turns about its joint, then the whole body about 0, within +-45 degrees to both
+    sides: one camera in front sees no more.
     """
-    def wave(pace=3):                # (n,) from -1 to 1: two sines of random pace and phase
-        t = np.linspace(0, 2 * np.pi, n)
-        x = sum(a * np.sin(rng.uniform(p, 1.5 * p) * t + rng.uniform(0, 2 * np.pi))
-                for a, p in ((1, pace), (.5, 2 * pace)))
-        return torch.from_numpy(2 * (x - x.min()) / max(np.ptp(x), 1e-9) - 1).float()
-    def swing(lo, hi, pace=3):       # (n,) radians between two angles in degrees, reaching both
-        return torch.deg2rad(lo + (hi - lo) / 2 * (1 + wave(pace)))
     # All else is three times as fast as the body turns: over a clip the two are uncorrelated, so
     # what an arm does, or a step aside, cannot be mistaken for a turn.
-    yaw, still = swing(-45, 45, pace=1), torch.zeros(n)
-    up, out, step = [[swing(*span) for _ in "lr"] for span in ((0, 100), (0, 8), (-25, 25))]
-    local = torch.stack([
-        turn(swing(-8, 8), swing(-10, 10), still), turn(still, still, still),
-        turn(-swing(0, 40), still, up[0]), turn(-swing(0, 40), still, -up[1]),
-        turn(-step[0], still, out[0]), turn(-step[1], still, -out[1])], 1)       # (n, 6, 3, 3)
-    body, part = torch.eye(4).repeat(n, 1, 1, 1), torch.eye(4).repeat(n, 6, 1, 1)
-    body[:, 0, :3, :3] = turn(swing(-4, 4), yaw, swing(-3, 3))
-    body[:, 0, 0, 3] = 0.03 * wave()
-    part[..., :3, :3] = local
-    part[..., :3, 3] = joints - (local @ joints[..., None])[..., 0]
-    return yaw, torch.stack(up + step, 1), body @ part
+    yaw = swing(rng, n, -45, 45, pace=1)
+    still = torch.zeros(n)
+    raise_left, raise_right = swing(rng, n, 0, 100), swing(rng, n, 0, 100)       # arms, sideways
+    spread_left, spread_right = swing(rng, n, 0, 8), swing(rng, n, 0, 8)         # legs, sideways
+    step_left, step_right = swing(rng, n, -25, 25), swing(rng, n, -25, 25)       # legs, forwards
+
+    head = rotations(swing(rng, n, -8, 8), swing(rng, n, -10, 10), still)
+    torso = rotations(still, still, still)
+    left_arm = rotations(-swing(rng, n, 0, 40), still, raise_left)
+    right_arm = rotations(-swing(rng, n, 0, 40), still, -raise_right)
+    left_leg = rotations(-step_left, still, spread_left)
+    right_leg = rotations(-step_right, still, -spread_right)
+    R = torch.stack([head, torso, left_arm, right_arm, left_leg, right_leg], 1)  # (n, 6, 3, 3)
+
+    # x -> R (x - joint) + joint: the joint stays where it is.
+    about_joint = torch.eye(4).repeat(n, 6, 1, 1)
+    about_joint[..., :3, :3] = R
+    about_joint[..., :3, 3] = joints - (R @ joints[..., None])[..., 0]
+    body = torch.eye(4).repeat(n, 1, 1, 1)
+    body[:, 0, :3, :3] = rotations(swing(rng, n, -4, 4), yaw, swing(rng, n, -3, 3))
+    body[:, 0, 0, 3] = 0.03 * wave(rng, n)               # a step aside
+    angles = torch.stack([raise_left, raise_right, step_left, step_right], 1)
+    return yaw, angles, body @ about_joint
 
 
 def fixed_camera(n, distance=12.0, view=0.175):
-    """n times the camera in front, its field of view in radians: cam2world, intrinsics."""
+    """n times the one camera in front. PAPER: its field of view is 0.175 radians.
+
+    cam2world (n, 4, 4), intrinsics (n, 4)
+    """
     f = 0.5 / np.tan(view / 2)
-    return (look_at([[0, 0, distance]]).repeat(n, 1, 1),
-            torch.tensor([[f, f, 0.5, 0.5]]).float().repeat(n, 1))
+    intrinsics = torch.tensor([[f, f, 0.5, 0.5]]).float()
+    return orbit(torch.zeros(n), 0.0, distance), intrinsics.repeat(n, 1)
 
 
-def puppet_object(shared_colours, seed, k, n_views, size, skipped):
-    """Puppet k, whatever their number, as `load` collects it: a clip from one fixed camera.
+def raytrace_moving(parts, moves, cam2world, intrinsics, size):
+    """Pictures of P lists of primitives, list p moved by moves (V, P, 4, 4) from rest.
 
-    Its truth, for scoring only: yaw (V,) and angles (V, 4), radians (arms raised sideways, legs
-    forward: left arm, right arm, left leg, right leg); poses (V, 6, 3, 4) of PARTS from rest to
-    the frame; parts (V, S, S) uint8, 1 + the part at the pixel's centre, 0 for none.
+    returns rgba (V, size, size, 4) in [0, 1] and labels (V, size, size) uint8: 1 + the list that is
+            seen at the pixel's centre, 0 for none
+    """
+    supersample = 3                                      # odd: the ray in the middle is the centre
+    canvas = Canvas(intrinsics, size * supersample)
+    labels = torch.zeros(canvas.nearest.shape, dtype=torch.uint8)    # (R,)
+    for p, primitives in enumerate(parts):
+        # What was moved by M looks from camera C as what stayed looks from M^-1 C; so does light.
+        poses = moves[:, p].inverse() @ cam2world
+        light = LIGHT @ moves[:, p, :3, :3]
+        for primitive in primitives:
+            # OURS: ambient nearly 1. A part that turns changes its shade, which no volume of one
+            # colour a point can express.
+            rays = canvas.draw(primitive, poses, light, ambient=0.85)
+            labels[rays] = 1 + p
+    labels = labels.reshape(-1, canvas.n, canvas.n)                  # (V, n, n)
+    return canvas.develop(size), labels[:, 1::supersample, 1::supersample]
+
+
+def puppet_object(k, seed, n_views, size, shared_colours=True):
+    """Puppet k, whatever their number: a Capture, one clip from one fixed camera.
+
+    Its truth, which only judges look at: yaw (V,) and angles (V, 4), radians (arms raised sideways,
+    legs forwards: left arm, right arm, left leg, right leg); poses (V, 6, 3, 4) of PARTS from rest
+    to the frame; parts (V, size, size) uint8, 1 + the part at the pixel's centre, 0 for none.
     """
     rng = np.random.default_rng([seed, 1000 + k])
     parts, joints, caption = make_puppet(rng, shared_colours)
     yaw, angles, moves = move_puppet(joints, n_views, rng)
-    pose, camera = fixed_camera(n_views)
-    of = torch.tensor([i for i, part in enumerate(parts) for _ in part])
-    rgba, which = raytrace(sum(parts, []), pose, camera, size, 3, moves[:, of], ambient=0.85)
-    label = torch.cat([of + 1, torch.tensor([0])])[which[:, 1::3, 1::3]]         # -1 is the last
-    truth = dict(yaw=yaw, angles=angles, poses=moves[..., :3, :], parts=label.byte())
-    return (rgba * 255).round().byte(), pose, camera, caption, truth
+    cam2world, intrinsics = fixed_camera(n_views)
+    rgba, labels = raytrace_moving(parts, moves, cam2world, intrinsics, size)
+    rgba = (rgba * 255).round().byte()
+    truth = {"yaw": yaw, "angles": angles, "poses": moves[..., :3, :], "parts": labels}
+    return Capture(rgba, cam2world, intrinsics, caption, truth=truth)
 
 
-# ---- Cameras ------------------------------------------------------------------------------------
-def look_at(where, target=(0., 0, 0)):
-    """cam2world (n, 4, 4) of cameras at `where` (n, 3) that look at target, y up."""
-    back = np.asarray(where, dtype=np.float64) - np.asarray(target)
-    back /= np.linalg.norm(back, axis=1, keepdims=True)
-    right = np.cross([0.0, 1, 0], back)
-    right /= np.linalg.norm(right, axis=1, keepdims=True)
-    pose = np.tile(np.eye(4), (len(back), 1, 1))
-    pose[:, :3] = np.stack([right, np.cross(back, right), back, where], -1)
-    return torch.from_numpy(pose).float()
+# ---- Photos: what a layout tells of one view -----------------------------------------------------
+#
+# A photo needs three companions: its mask, its camera's pose, its camera's lens. Every layout tells
+# them in its own way; here each becomes a list of View, and from there one path serves all layouts.
+PHOTOS = (".png", ".jpg", ".jpeg")
+
+# OpenCV's camera: x right, y DOWN, looking along +z. Ours: x right, y up, looking along -z.
+# cam2world @ FLIP leads from either to the other: it turns the axes and keeps the position.
+FLIP = np.diag([1.0, -1, -1, 1])
 
 
-def project(points, cam2world, intrinsics):
-    """Points (K, 3) seen by V cameras: (V, K, 2) as fractions of the image, x right, y down."""
-    local = (points - cam2world[:, None, :3, 3]) @ cam2world[:, :3, :3]          # (V, K, 3)
-    fx, fy, cx, cy = intrinsics[:, :, None].unbind(1)
-    return torch.stack([cx - fx * local[..., 0] / local[..., 2],
-                        cy + fy * local[..., 1] / local[..., 2]], -1)
-
-
-# ---- Photos: what a layout says -----------------------------------------------------------------
 @dataclass
 class View:
-    """One photo as its layout describes it; BadInput if its camera cannot be one."""
+    """One photo with its camera, as its layout tells; one whose camera cannot be one is refused."""
     image: Path
-    pose: np.ndarray             # (4, 4) cam2world, camera x right, y up, looking along -z
-    camera: tuple                # fx, fy, cx, cy in pixels of ...
-    of: tuple                    # ... an image of this (width, height)
-    lens: tuple = (0, 0, 0, 0)   # k1, k2, p1, p2
-    mask: Path = None            # where the layout names it; else see find_mask
-    white: bool = False          # the background is white, and that is the mask
+    pose: np.ndarray                 # (4, 4) cam2world, our camera axes, the layout's own world
+    camera: tuple                    # fx, fy, cx, cy in pixels of ...
+    camera_size: tuple               # ... an image of this (width, height); the file may be smaller
+    lens: tuple = (0, 0, 0, 0)       # k1, k2, p1, p2 of `undistort`
+    mask: Path = None                # where the layout names it; None: `find_mask` looks for it
+    white_background: bool = False   # what is white is not the object
 
     def __post_init__(self):
-        R, numbers = self.pose[:3, :3], np.array([*self.camera, *self.of, *self.lens], float)
-        if self.pose.shape != (4, 4):
-            wrong = f"its pose has shape {self.pose.shape}, not (4, 4)"
-        elif not np.isfinite(self.pose).all():
-            wrong = "its pose is not finite"
-        elif np.abs(R @ R.T - np.eye(3)).max() > 0.02 or np.linalg.det(R) < 0:
-            wrong = "the 3x3 part of its pose is not a rotation"
-        elif not np.isfinite(numbers).all() or numbers[[0, 1, 4, 5]].min() <= 0:
-            wrong = (f"focal length {self.camera[0]}, image {self.of[0]} x {self.of[1]}: "
-                     "these must be finite and positive")
-        else:
-            return
-        raise BadInput(f"{self.image}: {wrong}")
+        check_pose(self.image, self.pose)
+        check_camera(self.image, self.camera, self.camera_size, self.lens)
 
 
-FLIP = np.diag([1.0, -1, -1, 1])             # camera x right, y down, along +z (OpenCV) <-> ours
-LAST_ROW = [0, 0, 0, 1]                      # of a 4x4 pose
-PHOTOS = (".png", ".jpg", ".jpeg")
-TRANSFORMS = "transforms.json", "transforms_train.json"
-SPARSE = "sparse/0/images.bin", "sparse/0/images.txt", "sparse/images.bin", "sparse/images.txt"
+def check_pose(image, pose):
+    """BadInput unless pose is [R t; 0 1] with a rotation R: R R^T = I and det R = +1."""
+    if pose.shape != (4, 4):
+        raise BadInput(f"{image}: its pose has shape {pose.shape}, not (4, 4)")
+    if not np.isfinite(pose).all():
+        raise BadInput(f"{image}: its pose is not finite")
+    R = pose[:3, :3]
+    error = np.abs(R @ R.T - np.eye(3)).max()
+    mirrored = np.linalg.det(R) < 0
+    if error > 0.02 or mirrored:         # OURS: files with few digits are forgiven
+        raise BadInput(f"{image}: the 3x3 part of its pose is not a rotation")
+
+
+def check_camera(image, camera, camera_size, lens):
+    """BadInput unless all is finite, and focal lengths and sizes are positive."""
+    numbers = np.array([*camera, *camera_size, *lens], float)
+    fx, fy = camera[:2]
+    width, height = camera_size
+    positive = min(fx, fy, width, height) > 0
+    if not (positive and np.isfinite(numbers).all()):
+        raise BadInput(f"{image}: focal length {fx}, image {width} x {height}: these must be "
+                       "finite and positive")
+
+
+def to_4x4(matrix):
+    """A pose (3, 4) = [R t] with the row 0 0 0 1 below, so that poses multiply and invert."""
+    return np.vstack([matrix, [0, 0, 0, 1]])
+
+
+def find_first(folder, names):
+    """The first of these files that is in the folder, or None."""
+    for name in names:
+        path = folder / name
+        if path.is_file():
+            return path
+    return None
+
+
+# ---- Photos: files and masks ---------------------------------------------------------------------
+# Where the mask of a photo may lie, tried in this order; on the right for scene/images_8/a.jpg.
+# {twin} is the photo's own folder with "mask" for "image"; {stem} and {suffix} are a and .jpg.
+MASK_PLACES = [
+    "{twin}/{stem}{suffix}",         # scene/masks_8/a.jpg
+    "{twin}/{stem}.png",             # scene/masks_8/a.png
+    "{twin}/{stem}{suffix}.png",     # scene/masks_8/a.jpg.png, as COLMAP has it
+    "masks/{stem}{suffix}",          # scene/masks/a.jpg
+    "masks/{stem}.png",
+    "masks/{stem}{suffix}.png",
+    "mask/{stem}{suffix}",           # scene/mask/a.jpg
+    "mask/{stem}.png",
+    "mask/{stem}{suffix}.png",
+]
+
+
+def find_mask(image):
+    """The file of a photo's mask, or None."""
+    scene = image.parent.parent
+    twin = image.parent.name.replace("image", "mask")
+    for place in MASK_PLACES:
+        path = scene / place.format(twin=twin, stem=image.stem, suffix=image.suffix)
+        # In a folder without "image" in its name the twin is the folder itself: those are photos.
+        if path.parent != image.parent and path.exists():
+            return path
+    return None
+
+
+def photos_in(folder):
+    """The photos in its folder images/, or else right in it, by name; [] where it is no folder."""
+    paths = list(folder.glob("images/*"))
+    if not paths:
+        paths = folder.glob("*")
+    return sorted(path for path in paths if path.suffix.lower() in PHOTOS)
 
 
 def read_array(path, columns):
-    """Rows of `columns` numbers, from .npy or text."""
+    """Rows of `columns` numbers (n, columns) float64, from .npy or text."""
     try:
-        npy = path.suffix == ".npy"
-        array = np.load(path) if npy else np.array(path.read_text().split(), float)
+        if path.suffix == ".npy":
+            array = np.load(path)
+        else:
+            array = np.array(path.read_text().split(), float)
         return array.astype(float).reshape(-1, columns)
     except (OSError, ValueError, EOFError) as err:
         raise BadInput(f"{path}: expected rows of {columns} numbers ({err})")
@@ -583,690 +959,1368 @@ def read_image(path):
         raise BadInput(f"{path}: missing, truncated or not an image ({err})")
 
 
-def photos_in(folder):
-    """The photos in its folder images/, or else right in it, by name; [] where it is no folder."""
-    paths = [*folder.glob("images/*")] or folder.glob("*")
-    return sorted(path for path in paths if path.suffix.lower() in PHOTOS)
-
-
-def find_mask(image):
-    """The mask of images/a.jpg: masks/a.jpg, masks/a.png or masks/a.jpg.png, or None."""
-    folders = image.parent.name.replace("image", "mask"), "masks", "mask"
-    names = image.name, image.stem + ".png", image.name + ".png"
-    paths = [image.parent.parent / folder / name for folder in folders for name in names
-             if folder != image.parent.name]
-    return next((path for path in paths if path.exists()), None)
-
-
 def read_masked(path, mask=None):
-    """(H, W, 4) uint8 of a photo; alpha is its mask, if one is given or found beside it."""
+    """(H, W, 4) uint8 of a photo; alpha is its mask, if one is given, or found beside it."""
     image = read_image(path)
-    if mask := mask or find_mask(path):
-        alpha = read_image(mask)[..., :3].max(-1)
-        if alpha.shape != image.shape[:2]:
-            raise BadInput(f"{mask}: mask of {alpha.shape} pixels, photo of {image.shape[:2]}")
-        image[..., 3] = 255 * (alpha > 127)
+    mask = mask or find_mask(path)
+    if mask is None:
+        return image
+    brightness = read_image(mask)[..., :3].max(-1)                   # (H, W)
+    if brightness.shape != image.shape[:2]:
+        raise BadInput(f"{mask}: mask of {brightness.shape} pixels, photo of {image.shape[:2]}")
+    image[..., 3] = 255 * (brightness > 127)
     return image
 
 
-# Readers, one per layout: (folder, size, skipped) -> the object's views and the world's up vector,
-# None where the layout leaves it open. `skipped` counts by reason what is listed and not there.
+# ---- Photos: NeRF's transforms.json --------------------------------------------------------------
+#
+# From here on, one reader a layout: read_...(folder, size, skipped) -> views, up.
+#   size      the side of the pictures that are wanted, in pixels
+#   skipped   counts, by reason, what is listed and not there
+#   up        (3,) the direction in the layout's world that is up; None: the layout leaves it open
+TRANSFORMS = "transforms.json", "transforms_train.json"
+
+
 def read_transforms(folder, size, skipped):
-    """NeRF and its heirs: one json; cam2world in our own axes; world z up."""
-    path = next(p for n in TRANSFORMS if (p := folder / n).exists())
-    meta, views, of = json.loads(path.read_text()), [], None
-    for frame in meta["frames"]:
-        get = {"camera_angle_x": 0, **meta, **frame}         # a frame may have its own camera
-        stem = folder / get["file_path"]                     # often without its suffix
-        image = next((p for s in ("", *PHOTOS) if (p := Path(f"{stem}{s}")).is_file()), None)
+    """NeRF and its heirs: one json; cam2world in our own camera axes; the world's z is up."""
+    path = find_first(folder, TRANSFORMS)
+    whole = json.loads(path.read_text())
+    views = []
+    image_size = None
+    for frame in whole["frames"]:
+        entry = {**whole, **frame}       # a frame may have its own camera, or share the file's
+        image = find_photo(folder / entry["file_path"])
         if image is None:
             skipped["listed frames have no file"] += 1
             continue
-        if get.get("k3") or get.get("k4") or "FISHEYE" in get.get("camera_model", ""):
-            raise BadInput(f"{path}: of lens terms only k1, k2, p1, p2 are known: undistort first")
-        of = (get["w"], get["h"]) if "w" in get and "h" in get else of
-        w, h = of = of or read_image(image).shape[1::-1]
-        fx = get.get("fl_x", w / (2 * np.tan(get["camera_angle_x"] / 2) or np.inf))
-        camera = fx, get.get("fl_y", fx), get.get("cx", w / 2), get.get("cy", h / 2)
-        lens = tuple(get.get(k, 0) for k in ("k1", "k2", "p1", "p2"))
-        mask = folder / get["mask_path"] if "mask_path" in get else None
-        views.append(View(image, np.array(get["transform_matrix"], float), camera, of, lens, mask))
+        if "w" in entry and "h" in entry:
+            image_size = entry["w"], entry["h"]
+        elif image_size is None:         # the first photo tells, for all: they have one size
+            height, width = read_image(image).shape[:2]
+            image_size = width, height
+        camera = transforms_camera(entry, path, *image_size)
+        lens = transforms_lens(entry, path)
+        mask = None
+        if "mask_path" in entry:
+            mask = folder / entry["mask_path"]
+        pose = np.array(entry["transform_matrix"], float)
+        views.append(View(image, pose, camera, image_size, lens, mask))
     return views, (0, 0, 1)
 
 
+def find_photo(path):
+    """The photo of this name, which is often written without its suffix; None if there is none."""
+    for suffix in ("", *PHOTOS):
+        photo = Path(f"{path}{suffix}")
+        if photo.is_file():
+            return photo
+    return None
+
+
+def transforms_camera(entry, path, width, height):
+    """fx, fy, cx, cy in pixels; f from an angle of view: tan(angle / 2) = width / (2 f)."""
+    if "fl_x" in entry:
+        fx = entry["fl_x"]
+    elif "camera_angle_x" in entry:
+        fx = width / (2 * np.tan(entry["camera_angle_x"] / 2))
+    else:
+        raise BadInput(f"{path}: no focal length: neither fl_x nor camera_angle_x is given")
+    fy = entry.get("fl_y", fx)
+    cx = entry.get("cx", width / 2)
+    cy = entry.get("cy", height / 2)
+    return fx, fy, cx, cy
+
+
+def transforms_lens(entry, path):
+    """k1, k2, p1, p2; other lenses are refused rather than bent wrongly."""
+    more_terms = entry.get("k3") or entry.get("k4")
+    fisheye = "FISHEYE" in entry.get("camera_model", "")
+    if more_terms or fisheye:
+        raise BadInput(f"{path}: of lens terms only k1, k2, p1, p2 are known: undistort first")
+    return tuple(entry.get(term, 0) for term in ("k1", "k2", "p1", "p2"))
+
+
+# ---- Photos: SRN ---------------------------------------------------------------------------------
 def read_srn(folder, size, skipped):
-    """SRN's ShapeNet renders: one text file a pose, OpenCV's cam2world; photos on white."""
-    # f cx cy 0, origin, near, scale, height width
-    f, cx, cy, *_, h, w = read_array(folder / "intrinsics.txt", 1)[:, 0]
-    views = [View(folder / "rgb" / f"{path.stem}.png", read_array(path, 4) @ FLIP, (f, f, cx, cy),
-                  (w, h), white=True) for path in sorted((folder / "pose").glob("*.txt"))]
+    """SRN's ShapeNet renders: a text file a pose, OpenCV's cam2world; photos on white."""
+    # The file reads: f cx cy 0, then the origin, near and scale, then height width.
+    numbers = read_array(folder / "intrinsics.txt", 1)[:, 0]
+    f, cx, cy = numbers[:3]
+    height, width = numbers[-2:]
+    views = []
+    for path in sorted((folder / "pose").glob("*.txt")):
+        image = folder / "rgb" / f"{path.stem}.png"
+        pose = read_array(path, 4) @ FLIP
+        views.append(View(image, pose, (f, f, cx, cy), (width, height), white_background=True))
     # OURS: its sets differ in which axis is up; but it is an axis, and the cameras stand upright.
-    up = sum(view.pose[:3, 1] for view in views) + np.zeros(3)
-    return views, np.where(np.abs(up) == np.abs(up).max(), np.sign(up), 0)
+    camera_up = np.mean([view.pose[:3, 1] for view in views], 0)
+    return views, nearest_axis(camera_up)
 
 
+def nearest_axis(direction):
+    """The one of +-x, +-y, +-z that a direction (3,) is nearest to."""
+    largest = np.abs(direction).argmax()
+    axis = np.zeros(3)
+    axis[largest] = np.sign(direction[largest])
+    return axis
+
+
+# ---- Photos: LLFF --------------------------------------------------------------------------------
 def read_llff(folder, size, skipped):
     """LLFF: poses_bounds.npy, a row a photo in the order of their names."""
-    # The smallest copy of the photos (images, images_4, images_8 ...) that is still large enough.
-    copies = sorted((min(read_image(photos[0]).shape[:2]), photos)
-                    for copy in folder.glob("images*") if (photos := photos_in(copy)))
-    if not copies:
-        raise BadInput(f"{folder}: poses_bounds.npy, but no photos in images or images_8")
-    photos = next((photos for side, photos in copies if side >= size), copies[-1][1])
+    photos = llff_photos(folder, size)
     path = folder / "poses_bounds.npy"
-    rows = read_array(path, 17)              # 3x5 [R | t | height, width, focal], near, far
+    rows = read_array(path, 17)          # a 3x5 matrix, then the nearest and farthest depth
     if len(rows) != len(photos):
         raise BadInput(f"{path}: {len(rows)} poses for {len(photos)} photos in {photos[0].parent}")
     views = []
     for image, row in zip(photos, rows):
-        down, right, back, where, (h, w, f) = row[:15].reshape(3, 5).T
-        pose = np.vstack([np.stack([right, -down, back, where], 1), LAST_ROW])
-        views.append(View(image, pose, (f, f, w / 2, h / 2), (w, h)))
+        # TRAP: the columns are down, right, backwards. Read as right, up, backwards the pictures
+        # look nearly right, and no shape explains them.
+        columns = row[:15].reshape(3, 5).T
+        down, right, back, position, (height, width, f) = columns
+        pose = to_4x4(np.stack([right, -down, back, position], 1))
+        views.append(View(image, pose, (f, f, width / 2, height / 2), (width, height)))
     return views, None
 
 
-# COLMAP's camera models by number, and the order of their parameters; "?" where it is not known.
-MODELS = dict(SIMPLE_PINHOLE="fxy", PINHOLE="ffxy", SIMPLE_RADIAL="fxyk", RADIAL="fxykk",
-              OPENCV="ffxykkpp", OPENCV_FISHEYE=8 * "?", FULL_OPENCV=12 * "?", FOV=5 * "?",
-              SIMPLE_RADIAL_FISHEYE=4 * "?", RADIAL_FISHEYE=5 * "?", THIN_PRISM_FISHEYE=12 * "?")
+def llff_photos(folder, size):
+    """The smallest copy of the photos (images, images_4, images_8 ...) that is large enough for
+    pictures of side `size`, or else the largest."""
+    copies = []
+    for copy in folder.glob("images*"):
+        photos = photos_in(copy)
+        if photos:
+            side = min(read_image(photos[0]).shape[:2])
+            copies.append((side, photos))
+    if not copies:
+        raise BadInput(f"{folder}: poses_bounds.npy, but no photos in images or images_8")
+    copies.sort()
+    for side, photos in copies:
+        if side >= size:
+            return photos
+    _, largest = copies[-1]
+    return largest
+
+
+# ---- Photos: COLMAP ------------------------------------------------------------------------------
+#
+# COLMAP, as MVImgNet ships it, writes a sparse model as two files, in text or binary:
+#   cameras   number -> model, width, height, parameters
+#   images    name, rotation (a quaternion), translation, number of the camera
+SPARSE = "sparse/0/images.bin", "sparse/0/images.txt", "sparse/images.bin", "sparse/images.txt"
+
+# COLMAP's camera models, in the order of its numbers, and how many parameters each has: the binary
+# file must be read past all of them, but only those of `colmap_camera` can be used.
+COLMAP_MODELS = [
+    ("SIMPLE_PINHOLE", 3),
+    ("PINHOLE", 4),
+    ("SIMPLE_RADIAL", 4),
+    ("RADIAL", 5),
+    ("OPENCV", 8),
+    ("OPENCV_FISHEYE", 8),
+    ("FULL_OPENCV", 12),
+    ("FOV", 5),
+    ("SIMPLE_RADIAL_FISHEYE", 4),
+    ("RADIAL_FISHEYE", 5),
+    ("THIN_PRISM_FISHEYE", 12),
+]
 
 
 def read_colmap(folder, size, skipped):
-    """COLMAP, as MVImgNet ships it: a sparse model, OpenCV's world-to-camera as a quaternion."""
-    path = next(p for n in SPARSE if (p := folder / n).exists())
-    cameras, images = colmap_model(path.parent, path.suffix)
+    """COLMAP's sparse model: OpenCV's camera axes, and world-to-camera, not camera-to-world."""
+    path = find_first(folder, SPARSE)
+    sparse = path.parent
+    if path.suffix == ".bin":
+        cameras = binary_cameras(sparse / "cameras.bin")
+        images = binary_images(sparse / "images.bin")
+    else:
+        cameras = text_cameras(sparse / "cameras.txt")
+        images = text_images(sparse / "images.txt")
     views = []
-    for name, (w, *xyz), t, number in sorted(images):
-        model, width, height, params = cameras[number]
-        order = MODELS.get(model, "?")
-        if "?" in order:
-            raise BadInput(f"{folder}: camera model {model} is not known; run COLMAP's "
-                           "image_undistorter, which makes PINHOLE cameras")
+    for name, quaternion, translation, number in sorted(images):
+        model, width, height, parameters = cameras[number]
+        camera, lens = colmap_camera(model, parameters, folder)
         image = folder / "images" / name
         if not image.is_file():
             skipped["listed frames have no file"] += 1
             continue
-        K = np.cross(np.eye(3), xyz)         # K v = xyz x v
-        R = np.eye(3) + 2 * w * K + 2 * K @ K
-        pose = np.linalg.inv(np.vstack([np.column_stack([R, t]), LAST_ROW])) @ FLIP
-        f, cx, cy, k, p = ([v for v, c in zip(params, order) if c == letter] for letter in "fxykp")
-        lens = (*k, 0, 0)[:2] + (*p, 0, 0)[:2]
-        views.append(View(image, pose, (f[0], f[-1], *cx, *cy), (width, height), lens))
+        R = quaternion_matrix(*quaternion)
+        world2cam = to_4x4(np.column_stack([R, translation]))
+        pose = np.linalg.inv(world2cam) @ FLIP
+        views.append(View(image, pose, camera, (width, height), lens))
     return views, None
 
 
-def colmap_model(folder, suffix):
-    """cameras: {number: (model, width, height, params)}; images: (name, quaternion, t, number)."""
-    def rows(name):
-        return [r.split() for r in (folder / name).read_text().splitlines() if r[:1] != "#"]
-    def take(form):                          # the next numbers of a file, little-endian
-        return struct.unpack("<" + form, file.read(struct.calcsize("<" + form)))
-    if suffix == ".txt":
-        cameras = {r[0]: (r[1], int(r[2]), int(r[3]), [float(v) for v in r[4:]])
-                   for r in rows("cameras.txt") if r}
-        images = [(" ".join(r[9:]), [float(v) for v in r[1:5]], [float(v) for v in r[5:8]], r[8])
-                  for r in rows("images.txt")[::2] if r]     # every other line lists 2D points
-        return cameras, images
-    cameras, images = {}, []
-    with open(folder / "cameras.bin", "rb") as file:
-        for _ in range(*take("Q")):
-            number, model, width, height = take("IiQQ")
-            name, order = list(MODELS.items())[model]
-            cameras[number] = name, width, height, take(f"{len(order)}d")
-    with open(folder / "images.bin", "rb") as file:
-        for _ in range(*take("Q")):
-            _, *qt, number = take("I7dI")
-            name = b"".join(iter(lambda: take("s")[0], b"\0")).decode()
-            images.append((name, qt[:4], qt[4:], number))
-            file.seek(24 * take("Q")[0], 1)  # its 2D points
-    return cameras, images
+def colmap_camera(model, parameters, folder):
+    """(fx, fy, cx, cy) in pixels and the lens (k1, k2, p1, p2) of one of COLMAP's models."""
+    if model == "SIMPLE_PINHOLE":
+        f, cx, cy = parameters
+        return (f, f, cx, cy), (0, 0, 0, 0)
+    if model == "PINHOLE":
+        fx, fy, cx, cy = parameters
+        return (fx, fy, cx, cy), (0, 0, 0, 0)
+    if model == "SIMPLE_RADIAL":
+        f, cx, cy, k1 = parameters
+        return (f, f, cx, cy), (k1, 0, 0, 0)
+    if model == "RADIAL":
+        f, cx, cy, k1, k2 = parameters
+        return (f, f, cx, cy), (k1, k2, 0, 0)
+    if model == "OPENCV":
+        fx, fy, cx, cy, k1, k2, p1, p2 = parameters
+        return (fx, fy, cx, cy), (k1, k2, p1, p2)
+    raise BadInput(f"{folder}: camera model {model} is not known; run COLMAP's image_undistorter, "
+                   "which makes PINHOLE cameras")
 
 
+def quaternion_matrix(w, x, y, z):
+    """Rotation (3, 3) of a unit quaternion: R = I + 2 w K + 2 K K, where K v = (x, y, z) x v."""
+    K = np.array([[0, -z, y],
+                  [z, 0, -x],
+                  [-y, x, 0]])
+    return np.eye(3) + 2 * w * K + 2 * K @ K
+
+
+def text_cameras(path):
+    """cameras.txt, a camera a line -> {number: (model, width, height, parameters)}."""
+    cameras = {}
+    for line in colmap_lines(path):
+        if line.strip():
+            number, model, width, height, *parameters = line.split()
+            parameters = [float(parameter) for parameter in parameters]
+            cameras[number] = model, int(width), int(height), parameters
+    return cameras
+
+
+def text_images(path):
+    """images.txt, two lines a photo -> [(name, quaternion, translation, number of the camera)]."""
+    images = []
+    lines = colmap_lines(path)
+    for line in lines[::2]:              # every other line lists 2D points, and may be empty
+        if line.strip():
+            fields = line.split()
+            quaternion = [float(field) for field in fields[1:5]]
+            translation = [float(field) for field in fields[5:8]]
+            camera_number = fields[8]
+            name = " ".join(fields[9:])  # a name may hold spaces
+            images.append((name, quaternion, translation, camera_number))
+    return images
+
+
+def colmap_lines(path):
+    """The lines of a text file without its comments."""
+    lines = path.read_text().splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
+def take(file, form):
+    """The next numbers of a binary file, little-endian; `form` is struct's: d a double (8 bytes),
+    I an unsigned integer (4 bytes), i a signed one, Q an unsigned one of 8 bytes, s a byte."""
+    form = "<" + form
+    n_bytes = struct.calcsize(form)
+    return struct.unpack(form, file.read(n_bytes))
+
+
+def binary_cameras(path):
+    """cameras.bin: how many, then one after another; returns what text_cameras does."""
+    cameras = {}
+    with open(path, "rb") as file:
+        (count,) = take(file, "Q")
+        for _ in range(count):
+            number, model, width, height = take(file, "IiQQ")
+            name, n_parameters = COLMAP_MODELS[model]
+            parameters = take(file, f"{n_parameters}d")
+            cameras[number] = name, width, height, parameters
+    return cameras
+
+
+def binary_images(path):
+    """images.bin: how many, then one after another; returns what text_images does."""
+    images = []
+    with open(path, "rb") as file:
+        (count,) = take(file, "Q")
+        for _ in range(count):
+            # Its own number; then w, x, y, z and the translation; then its camera's number.
+            _, *numbers, camera_number = take(file, "I7dI")
+            quaternion, translation = numbers[:4], numbers[4:]
+            name = take_name(file)
+            (n_points,) = take(file, "Q")
+            # Skip its 2D points: x, y and the number of a 3D point, 8 bytes each.
+            file.seek(24 * n_points, 1)
+            images.append((name, quaternion, translation, camera_number))
+    return images
+
+
+def take_name(file):
+    """The text up to the next zero byte of a binary file."""
+    name = b""
+    (byte,) = take(file, "s")
+    while byte != b"\0":
+        name += byte
+        (byte,) = take(file, "s")
+    return name.decode()
+
+
+# ---- Photos: Objaverse renders -------------------------------------------------------------------
 def read_objaverse(folder, size, skipped):
-    """Renders of Objaverse (as for Zero-1-to-3): NNN.png, NNN.npy a (3, 4) world-to-camera."""
+    """Renders of Objaverse (as for Zero-1-to-3): NNN.png, and NNN.npy a (3, 4) world-to-camera."""
     views = []
+    f = 35 / 32                          # a lens of 35 mm before a sensor of 32: the width is 1
     for path in sorted(folder.glob("???.npy")):
-        RT = read_array(path, 4)
-        if RT.shape != (3, 4):
-            raise BadInput(f"{path}: its pose has shape {RT.shape}, not (3, 4)")
-        # The object is in front: along -z in Blender's axes, which are ours; some scripts write
-        # OpenCV's, where it is along +z.  The lens has 35 mm, the sensor 32.
-        pose = np.linalg.inv(np.vstack([RT, LAST_ROW]))
-        pose = pose @ FLIP if RT[2, 3] > 0 else pose
-        views.append(View(path.with_suffix(".png"), pose, (35 / 32, 35 / 32, .5, .5), (1, 1)))
+        matrix = read_array(path, 4)
+        if matrix.shape != (3, 4):
+            raise BadInput(f"{path}: its pose has shape {matrix.shape}, not (3, 4)")
+        pose = np.linalg.inv(to_4x4(matrix))
+        # The world's origin, the object, is in front of the camera: along -z in Blender's axes,
+        # which are ours. Some scripts write OpenCV's, where it is along +z.
+        depth = matrix[2, 3]
+        if depth > 0:
+            pose = pose @ FLIP
+        views.append(View(path.with_suffix(".png"), pose, (f, f, 0.5, 0.5), (1, 1)))
     return views, (0, 0, 1)
 
 
-# ---- Photos: one path for all layouts -----------------------------------------------------------
-def read_view(view):
-    """RGBA (H, W, 4) uint8 without lens distortion and camera in its pixels; None: no mask."""
-    image = read_masked(view.image, view.mask)
-    h, w = image.shape[:2]
-    if image[..., 3].min() == 255:           # neither a mask nor an alpha channel of its own
-        if not view.white:
-            return None
-        image[..., 3] = 255 * (image[..., :3].min(-1) < 250)
-    if image[..., 3].max() == 0:
+# ---- Photos: one path for all layouts ------------------------------------------------------------
+def photo_object(read, folder, size, skipped):
+    """One object in one layout, as a Capture. `read` is the layout's reader.
+
+    Raises LeftOut if no view has a mask, BadInput if files are damaged or a view's camera, mask or
+    size cannot be right, and if under three views are left.
+    """
+    try:
+        listed, up = read(folder, size, skipped)
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, struct.error) as err:
+        raise BadInput(f"{folder}: its files are missing, damaged or of another layout ({err!r})")
+    views, photos, cameras = read_views(listed, skipped)
+    if listed and not views:
+        raise LeftOut("objects have no masks")
+    if len(views) < 3:
+        raise BadInput(f"{folder}: {len(views)} usable views; a shape needs at least 3")
+    check_one_size(views, photos)
+    corners, side = choose_windows(photos)
+    rgba = resample(photos, corners.tolist(), side, size)            # (V, size, size, 4)
+    # A window is a picture of its own: its principal point moves, and its side is the new unit.
+    intrinsics = np.stack(cameras)                                   # (V, 4) in the photos' pixels
+    intrinsics[:, 2:] -= corners.numpy()
+    intrinsics = torch.from_numpy(intrinsics).float() / side
+    poses = np.stack([view.pose for view in views])                  # (V, 4, 4)
+    cam2world = normalize_world(rgba[..., 3], poses, intrinsics, up, folder)
+    return Capture(rgba, cam2world, intrinsics)
+
+
+def read_views(listed, skipped):
+    """The views that have a mask, their photos (H, W, 4) uint8 without lens distortion, and their
+    cameras (fx, fy, cx, cy) in the photos' own pixels."""
+    views, photos, cameras = [], [], []
+    for view in listed:
+        photo = read_masked(view.image, view.mask)
+        if not has_mask(photo):
+            if not view.white_background:
+                skipped["views have no mask"] += 1
+                continue
+            photo[..., 3] = 255 * not_white(photo)
+        check_mask(view, photo)
+        camera = camera_in_pixels(view, photo)
+        views.append(view)
+        photos.append(undistort(photo, camera, view.lens))
+        cameras.append(camera)
+    return views, photos, cameras
+
+
+def has_mask(photo):
+    """Whether the alpha of a photo (H, W, 4) says anything: a file without alpha is read as 255."""
+    return photo[..., 3].min() < 255
+
+
+def not_white(photo):
+    """The mask (H, W) bool of what stands before white, which is 255 in all three colours."""
+    darkest = photo[..., :3].min(-1)
+    return darkest < 250
+
+
+def check_mask(view, photo):
+    """BadInput where a mask is empty: no ray through it could be explained."""
+    if photo[..., 3].max() == 0:
         raise BadInput(f"{view.image}: its mask is empty; paint the object white, or remove this "
                        "view")
-    sx, sy = w / view.of[0], h / view.of[1]
-    if abs(sx / sy - 1) > 0.02 and view.of != (1, 1):
-        raise BadInput(f"{view.image}: {w}x{h}, but its camera is for {view.of[0]}x{view.of[1]}")
-    camera = np.array(view.camera, float) * [sx, sy, sx, sy]
-    return undistort(image, camera, view.lens), camera
+
+
+def check_one_size(views, photos):
+    """BadInput where photos differ in size: one is another camera's then, or was cropped."""
+    first = photos[0].shape[:2]
+    for view, photo in zip(views, photos):
+        if photo.shape[:2] != first:
+            raise BadInput(f"{view.image}: {photo.shape[:2]}, but the object's other photos are "
+                           f"{first}: one object, one image size")
+
+
+def camera_in_pixels(view, photo):
+    """fx, fy, cx, cy (4,) in pixels of the file, which may be a smaller copy of the original."""
+    height, width = photo.shape[:2]
+    camera_width, camera_height = view.camera_size
+    scale_x = width / camera_width
+    scale_y = height / camera_height
+    if abs(scale_x / scale_y - 1) > 0.02:        # 0.02: sides of small copies are rounded
+        raise BadInput(f"{view.image}: {width}x{height}, but its camera is for "
+                       f"{camera_width}x{camera_height}")
+    return np.array(view.camera, float) * [scale_x, scale_y, scale_x, scale_y]
 
 
 def undistort(image, camera, lens):
-    """What a pinhole with the same camera sees (OpenCV's radial and tangential model)."""
+    """What a pinhole with the same camera sees, (H, W, 4) uint8; the lens is OpenCV's.
+
+    A pinhole sees a point at (x, y), r^2 = x^2 + y^2, in units of the focal length; the lens shows
+    it at
+        x' = x (1 + k1 r^2 + k2 r^4) + 2 p1 x y + p2 (r^2 + 2 x^2)
+        y' = y (1 + k1 r^2 + k2 r^4) + p1 (r^2 + 2 y^2) + 2 p2 x y
+    So each pixel of the new image is read from the old one at (x', y'): nothing is to be inverted.
+    """
     if not any(lens):
         return image
-    (h, w), (fx, fy, cx, cy), (k1, k2, p1, p2) = image.shape[:2], camera, lens
-    x, y = np.meshgrid((np.arange(w) + 0.5 - cx) / fx, (np.arange(h) + 0.5 - cy) / fy)
+    height, width = image.shape[:2]
+    fx, fy, cx, cy = camera
+    k1, k2, p1, p2 = lens
+    x = (np.arange(width) + 0.5 - cx) / fx                           # pixel centres
+    y = (np.arange(height) + 0.5 - cy) / fy
+    x, y = np.meshgrid(x, y)                                         # (H, W)
     r2 = x * x + y * y
     radial = 1 + k1 * r2 + k2 * r2 ** 2
-    u = fx * (x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x)) + cx       # where it was seen
-    v = fy * (y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y) + cy
-    grid = torch.from_numpy(np.stack([2 * u / w - 1, 2 * v / h - 1], -1)).float()
-    planes = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-    out = F.grid_sample(planes, grid[None], align_corners=False)             # outside: no mask
-    return out[0].permute(1, 2, 0).round().byte().numpy()
+    x_seen = x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x)
+    y_seen = y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y
+    u = fx * x_seen + cx                                             # pixels again
+    v = fy * y_seen + cy
+    # grid_sample counts from -1 to 1 between the image's outer edges; outside: 0, so no mask.
+    grid = np.stack([2 * u / width - 1, 2 * v / height - 1], -1)     # (H, W, 2)
+    grid = torch.from_numpy(grid).float()
+    planes = torch.from_numpy(image).permute(2, 0, 1).float()        # (4, H, W)
+    straight = F.grid_sample(planes[None], grid[None], align_corners=False)[0]
+    return straight.permute(1, 2, 0).round().byte().numpy()
 
 
-def mask_box(mask):
-    """Left, right, top, bottom (V, 4) float of masks (V, H, W) > half, in pixels' edges."""
-    mask = mask > mask.amax((1, 2), keepdim=True) / 2
-    sides = [m.byte() for m in (mask.any(1), mask.any(2))]
-    return torch.stack([x for m in sides for x in
-                        (m.argmax(1), m.shape[1] - m.flip(1).argmax(1))], 1).float()
+# ---- Photos: square windows ----------------------------------------------------------------------
+def mask_box(masks):
+    """The boxes around masks (V, H, W), where they are over half of their largest value.
+
+    returns (V, 4) float: left, right, top, bottom, as the edges of pixels
+    """
+    inside = masks > masks.amax((1, 2), keepdim=True) / 2
+    left, right = first_and_last(inside.any(1))                      # of columns (V, W)
+    top, bottom = first_and_last(inside.any(2))                      # of rows (V, H)
+    return torch.stack([left, right, top, bottom], 1).float()
+
+
+def first_and_last(line):
+    """Where the True of lines (V, n) bool begin, and one past where they end: two (V,) int64."""
+    first = line.byte().argmax(1)                                    # the first of the largest
+    behind = line.byte().flip(1).argmax(1)                           # how many follow the last
+    return first, line.shape[1] - behind
+
+
+def choose_windows(photos):
+    """A square window of each photo (H, W, 4): corners (V, 2) int32 left, top, and their side.
+
+    The whole photo; or, where the object is small in all photos, a window that follows it, or most
+    of the pixels that are learned from would be background. All have one side, so that what is
+    farther away stays smaller.
+    """
+    height, width = photos[0].shape[:2]
+    alphas = [torch.from_numpy(photo[None, ..., 3]) for photo in photos]
+    boxes = torch.cat([mask_box(alpha) for alpha in alphas])         # (V, 4)
+    left_top, right_bottom = boxes[:, ::2], boxes[:, 1::2]           # (V, 2) each
+    largest = (right_bottom - left_top).max()
+    side = max(width, height)
+    centre = torch.tensor([width, height]).expand(len(photos), 2) / 2
+    if largest < 0.7 * side:
+        side = int(1.15 * largest)                                   # OURS: 15 % of air
+        centre = (left_top + right_bottom) / 2
+    return (centre - side / 2).round().int(), side
 
 
 def resample(photos, corners, side, size):
     """Square windows of photos (H, W, 4) uint8 as (V, size, size, 4) uint8, colour x mask.
 
-    corners: V (left, top) in pixels; a window may reach outside, where it is black.
+    corners: V pairs (left, top), side: both in pixels; a window may reach outside, where all is 0
     """
-    out = []
-    for photo, (x, y) in zip(photos, corners):
-        h, w = photo.shape[:2]
-        planes = torch.from_numpy(photo).permute(2, 0, 1)[None].float()
-        planes = F.pad(planes, (-x, x + side - w, -y, y + side - h))     # where negative, it cuts
-        planes[:, :3] *= planes[:, 3:] / 255     # before averaging, or the background bleeds in
-        out.append(F.interpolate(planes, size=(size, size), mode="bilinear", antialias=True))
-    return torch.cat(out).permute(0, 2, 3, 1).round().clamp(0, 255).byte()
+    windows = []
+    for photo, (left, top) in zip(photos, corners):
+        height, width = photo.shape[:2]
+        right = left + side
+        bottom = top + side
+        planes = torch.from_numpy(photo).permute(2, 0, 1)[None].float()          # (1, 4, H, W)
+        # Padding by a negative number cuts.
+        window = F.pad(planes, (-left, right - width, -top, bottom - height))
+        # TRAP: multiply before averaging, or the background's colour bleeds in at the edges.
+        window[:, :3] *= window[:, 3:] / 255
+        windows.append(F.interpolate(window, size=(size, size), mode="bilinear", antialias=True))
+    rgba = torch.cat(windows).permute(0, 2, 3, 1)                    # (V, size, size, 4)
+    return rgba.round().clamp(0, 255).byte()
 
 
-def photo_object(read, folder, size, skipped):
-    """One object of one layout, as `load` collects it; None if no view has a mask.
-
-    returns RGBA (V, size, size, 4) uint8, cam2world (V, 4, 4), intrinsics (V, 4), and two None
-    """
-    try:
-        views, up = read(folder, size, skipped)
-    except (ValueError, LookupError, TypeError, AttributeError, OSError, struct.error) as err:
-        raise BadInput(f"{folder}: its files are missing, damaged or of another layout ({err!r})")
-    found = [(view, *one) for view in views if (one := read_view(view))]
-    skipped["views have no mask"] += len(views) - len(found)
-    if views and not found:
-        skipped["objects have no masks"] += 1
-        return None
-    if len(found) < 3:
-        raise BadInput(f"{folder}: {len(found)} usable views; a shape needs at least 3")
-    views, photos, cameras = zip(*found)
-    height, width = photos[0].shape[:2]
-    for view, photo in zip(views, photos):
-        if photo.shape != photos[0].shape:
-            raise BadInput(f"{view.image}: {photo.shape[:2]}, but the object's other photos are "
-                           f"{height, width}: one object, one image size")
-    boxes = torch.cat([mask_box(torch.from_numpy(photo[None, ..., 3])) for photo in photos])
-    largest, side = (boxes[:, 1::2] - boxes[:, ::2]).max(), max(width, height)
-    middle = torch.tensor([width, height]).expand(len(photos), 2) / 2
-    if largest < 0.7 * side:                 # small in the frame: a window that follows the object
-        side, middle = int(1.15 * largest), (boxes[:, 1::2] + boxes[:, ::2]) / 2
-    corner = (middle - side / 2).round().int()                       # (V, 2) left, top
-    rgba = resample(photos, corner.tolist(), side, size)
-    intrinsics = np.stack(cameras) - np.pad(corner, ((0, 0), (2, 0)))
-    intrinsics = torch.from_numpy(intrinsics).float() / side
-    poses = np.stack([view.pose for view in views])
-    poses = normalize_world(rgba[..., 3], poses, intrinsics, up, folder)
-    return rgba, poses, intrinsics, None, None
-
-
+# ---- Photos: into the cube -----------------------------------------------------------------------
+#
+# Cameras found by structure from motion live in a world of their own: its origin, its unit and its
+# up are arbitrary. The decoder's volume is [-1, 1]^3, so the object must be brought there, and the
+# masks alone tell where it is: inside of all the cones that they cut out of space (visual hull).
+# Without this step a scene of another size would lie outside the volume, or fill a corner of it.
 def normalize_world(masks, poses, intrinsics, up, folder):
     """Move, turn and scale the world so that the masks' visual hull fills the cube, y up.
 
-    masks (V, S, S), poses (V, 4, 4) numpy float64 -> (V, 4, 4) float32
+    masks       (V, size, size) uint8
+    poses       (V, 4, 4) numpy float64 cam2world, in any world
+    intrinsics  (V, 4) as fractions of the side
+    up          (3,) in that world; None: the mean of the cameras' own up (people hold them level)
+    folder      whose cameras these are, for BadInput where the hull is empty
+    returns     (V, 4, 4) float32 cam2world
     """
-    def half_turn(axis):
-        return 2 * np.outer(axis, axis) / (axis @ axis) - np.eye(3)
-    up = np.mean(poses[:, :3, 1], 0) if up is None else np.array(up, float)
-    # Two half turns are the shortest turn that takes up to y; 1e-9 is for where that is downwards.
-    between = up / np.linalg.norm(up) + [0, 1, 1e-9]
+    if up is None:
+        up = np.mean(poses[:, :3, 1], 0)
+    turn = turn_to_y(np.array(up, float))
     poses = poses.copy()
-    poses[:, :3] = half_turn(between) @ half_turn(up) @ poses[:, :3]
-    # Rays through the middles of the masks: the point nearest to all of them.
-    middle = mask_box(masks).unflatten(1, (2, 2)).mean(2).numpy() / masks.shape[1]
-    fx, fy, cx, cy = intrinsics.numpy().T
-    ray = np.stack([(middle[:, 0] - cx) / fx, -(middle[:, 1] - cy) / fy, -np.ones(len(fx))], 1)
-    ray = np.einsum("vij,vj->vi", poses[:, :3, :3], ray)
-    across = np.eye(3) - np.stack([np.outer(r, r) / (r @ r) for r in ray])       # (V, 3, 3)
-    where = poses[:, :3, 3]
-    centre = np.linalg.lstsq(across.sum(0), np.einsum("vij,vj->i", across, where), rcond=None)[0]
-    reach = np.median(np.linalg.norm(where - centre, axis=1) / fx)
-    lo, hi = centre - 0.75 * reach, centre + 0.75 * reach            # 0.75: a frame's corner
-    for _ in range(3):                       # coarse, then twice into the box that was found
-        inside = hull(masks, torch.from_numpy(poses).float(), intrinsics, lo, hi)
-        if not inside.any():
-            raise BadInput(f"{folder}: the masks' visual hull is empty: cameras and masks disagree"
-                           "; is the camera convention (axes, world-to-camera) the layout's own?")
-        cell = (hi - lo) / len(inside)
-        found = inside.nonzero().numpy()
-        lo, hi = lo + (found.min(0) - 1) * cell, lo + (found.max(0) + 2) * cell
-    lo, hi = lo + cell, hi - cell
-    poses[:, :3, 3] = (where - (lo + hi) / 2) * (2 * MARGIN / (hi - lo).max())
+    poses[:, :3] = turn @ poses[:, :3]                               # axes and positions alike
+    positions = poses[:, :3, 3]                                      # (V, 3)
+    rays = rays_through_masks(masks, poses, intrinsics)              # (V, 3)
+    centre = nearest_point(positions, rays)
+    # At the object's distance half of a picture's side is 0.5 distance / fx, and its corner is
+    # 0.71 distance / fx from its middle: nothing that is in frame is farther from the centre.
+    fx = intrinsics[:, 0].numpy()
+    distance = np.linalg.norm(positions - centre, axis=1)
+    reach = 0.75 * np.median(distance / fx)
+    low, high = hull_box(masks, poses, intrinsics, centre - reach, centre + reach, folder)
+    middle = (low + high) / 2
+    longest = (high - low).max()
+    scale = 2 * MARGIN / longest
+    poses[:, :3, 3] = (positions - middle) * scale
     return torch.from_numpy(poses).float()
 
 
-def hull(masks, poses, intrinsics, lo, hi, side=48):
-    """Visual hull (side, side, side) bool, x y z: cells inside the mask in 95 % of the views that
-    have them in frame, which must be half of all (a mask or two may be wrong)."""
-    steps = torch.cartesian_prod(*[(torch.arange(side) + 0.5) / side] * 3)
-    points = torch.from_numpy(lo).float() + steps * torch.from_numpy(hi - lo).float()
-    seen, hits, S = torch.zeros(len(points)), torch.zeros(len(points)), masks.shape[1]
-    for mask, pose, camera in zip(masks, poses, intrinsics):
-        at = (project(points, pose[None], camera[None])[0] * S).floor().long()
-        frame = ((at >= 0) & (at < S)).all(1) & ((points - pose[:3, 3]) @ pose[:3, 2] < 0)
-        at = at.clamp(0, S - 1)
-        seen += frame
-        hits += frame & (mask[at[:, 1], at[:, 0]] > 127)
-    return ((hits >= 0.95 * seen) & (seen >= 0.5 * len(masks))).reshape(side, side, side)
+def half_turn(axis):
+    """Rotation (3, 3) by 180 degrees about an axis (3,), of any length: 2 a a^T / (a^T a) - I."""
+    return 2 * np.outer(axis, axis) / (axis @ axis) - np.eye(3)
 
 
-# ---- Photos: coil-100 ---------------------------------------------------------------------------
-def components(mask):
-    """4-connected components of masks (V, H, W) bool: int64 labels, 0 outside.
+def turn_to_y(up):
+    """The shortest rotation (3, 3) that takes the direction `up` (3,) to y.
 
-    Every pixel starts with its own number; sweeps down, up, right and left take the largest along,
-    stopping at zeros, until nothing changes.
+    A half turn about `up` leaves it where it is, and one about the direction between `up` and y
+    exchanges the two. Together they turn by twice the angle between their axes, in one plane.
     """
-    label = np.arange(1, mask.size + 1).reshape(mask.shape) * mask
-    across = label.transpose(0, 2, 1)                    # the same memory, so sweeps change label
+    y = np.array([0, 1, 1e-9])           # 1e-9: where up is -y there is no direction between
+    between = up / np.linalg.norm(up) + y
+    return half_turn(between) @ half_turn(up)
+
+
+def rays_through_masks(masks, poses, intrinsics):
+    """Directions (V, 3) in the world of the rays through the masks' middles, not normalized."""
+    left, right, top, bottom = mask_box(masks).numpy().T             # (V,) each
+    size = masks.shape[1]
+    u = (left + right) / 2 / size
+    v = (top + bottom) / 2 / size
+    fx, fy, cx, cy = intrinsics.numpy().T
+    # Rows count downwards and the camera looks along -z, as in render.pixel_directions.
+    rays = np.stack([(u - cx) / fx, -(v - cy) / fy, -np.ones(len(fx))], 1)
+    return np.einsum("vij,vj->vi", poses[:, :3, :3], rays)
+
+
+def nearest_point(positions, directions):
+    """The point c (3,) nearest to all the lines o_v + t d_v: positions o, directions d (V, 3).
+
+    A_v = I - d d^T / (d^T d) removes what lies along the line, so |A_v (c - o_v)| is how far c is
+    from it. The sum of the squares is least where  (sum_v A_v) c = sum_v A_v o_v.
+    """
+    left = np.zeros((3, 3))
+    right = np.zeros(3)
+    for o, d in zip(positions, directions):
+        A = np.eye(3) - np.outer(d, d) / (d @ d)
+        left += A
+        right += A @ o
+    return np.linalg.lstsq(left, right, rcond=None)[0]   # lstsq: parallel lines have no one answer
+
+
+def hull_box(masks, poses, intrinsics, low, high, folder):
+    """The box around the visual hull, looked for between the corners low and high: two (3,)."""
+    poses = torch.from_numpy(poses).float()
+    for _ in range(3):                   # coarse, then twice into the box that was found
+        inside = hull(masks, poses, intrinsics, low, high)
+        if not inside.any():
+            raise BadInput(f"{folder}: the masks' visual hull is empty: cameras and masks disagree"
+                           "; is the camera convention (axes, world-to-camera) the layout's own?")
+        cell = (high - low) / len(inside)                            # (3,) sides of a cell
+        found = inside.nonzero().numpy()                             # (n, 3) numbers along x, y, z
+        first, last = found.min(0), found.max(0)
+        # One more cell on either side: its centre is outside, a part of it need not be.
+        high = low + (last + 2) * cell
+        low = low + (first - 1) * cell
+    return low + cell, high - cell
+
+
+def hull(masks, poses, intrinsics, low, high, cells=48):
+    """Visual hull between the corners low and high, (3,) each: which cells look like object.
+
+    A cell is in it if its centre falls into the mask in 95 % of the views that have it in frame,
+    and these are at least half of all: a mask or two may be wrong, a window may cut the object.
+    returns (cells, cells, cells) bool, in the order x, y, z
+    """
+    step = (torch.arange(cells) + 0.5) / cells                       # centres, from 0 to 1
+    steps = torch.cartesian_prod(step, step, step)                   # (K, 3), K = cells^3
+    points = torch.from_numpy(low).float() + steps * torch.from_numpy(high - low).float()
+    size = masks.shape[1]
+    in_frames = torch.zeros(len(points))                             # counts of views
+    in_masks = torch.zeros(len(points))
+    for mask, pose, camera in zip(masks, poses, intrinsics):
+        uv, depth = project(points, pose, camera)                    # (K, 2), (K,)
+        pixel = (uv * size).floor().long()                           # (K, 2) column, row
+        in_picture = ((pixel >= 0) & (pixel < size)).all(1)
+        in_frame = in_picture & (depth > 0)
+        column, row = pixel.clamp(0, size - 1).unbind(1)
+        in_mask = mask[row, column] > 127
+        in_frames += in_frame
+        in_masks += in_frame & in_mask
+    agreed = in_masks >= 0.95 * in_frames
+    often_seen = in_frames >= 0.5 * len(masks)
+    return (agreed & often_seen).reshape(cells, cells, cells)
+
+
+# ---- COIL-100: masks -----------------------------------------------------------------------------
+#
+# Columbia's small things on a turntable have neither masks nor cameras. The background is all but
+# black, so brightness tells the mask; what the camera must have been is below.
+# OURS, both thresholds of max(R, G, B): the background has 25 to 27 of 255.
+COIL_THRESHOLD = 34              # keeps dark parts of an object, but floods some photos
+COIL_FLOODED_THRESHOLD = 48      # for those
+
+
+def components(masks):
+    """Connected components (4 neighbours) of masks (V, H, W) bool: int64 labels, 0 outside.
+
+    Every pixel starts with a number of its own; sweeps down, up, right and left take the largest
+    along until nothing changes: then all pixels of a component have the same.
+    """
+    label = np.arange(1, masks.size + 1).reshape(masks.shape) * masks
+    # Three more ways to look at the same memory: what they change, changes in label.
+    upwards = label[:, ::-1]
+    across = label.transpose(0, 2, 1)
+    backwards = across[:, ::-1]
     while True:
         before = label.copy()
-        for sweep in (label, label[:, ::-1], across, across[:, ::-1]):
-            for i in range(1, sweep.shape[1]):
-                sweep[:, i] = np.maximum(sweep[:, i], sweep[:, i - 1]) * (sweep[:, i] > 0)
+        for way in (label, upwards, across, backwards):
+            sweep_down(way)
         if (label == before).all():
             return label
 
 
-def fill_holes(mask, largest=np.inf):
-    """Masks (V, H, W) bool with their holes filled, those of at most `largest` pixels."""
-    label = components(np.pad(~mask, ((0, 0), (1, 1), (1, 1)), constant_values=True))
-    hole = (label != label[:, :1, :1]) & (np.bincount(label.ravel()) <= largest)[label]
-    return mask | hole[:, 1:-1, 1:-1]
+def sweep_down(label):
+    """Take larger labels (V, H, W) along from row to row, but not across zeros; in place."""
+    for i in range(1, label.shape[1]):
+        above = label[:, i - 1]
+        here = label[:, i]
+        label[:, i] = np.maximum(here, above) * (here > 0)
 
 
-def coil_masks(images, threshold=COIL_THRESHOLD[0]):
-    """Masks (V, H, W) bool of photos (V, H, W, 3): brighter than the background's 25 to 27 of 255;
-    the largest component, with its holes filled (dark parts of the object)."""
-    label = components(images.max(-1) > threshold)
-    area = np.bincount(label.reshape(-1))[label] * (label > 0)
-    mask = fill_holes((area == area.max((1, 2), keepdims=True)) & (label > 0))
-    flooded = mask[:, ::mask.shape[1] - 1, ::mask.shape[2] - 1].all((1, 2))      # all four corners
-    if flooded.any() and threshold != COIL_THRESHOLD[1]:
-        mask[flooded] = coil_masks(images[flooded], COIL_THRESHOLD[1])
-    return mask
+def component_area(label):
+    """How many pixels the component of each pixel has, 0 outside: labels (V, H, W) -> (V, H, W)."""
+    pixels_of = np.bincount(label.ravel())
+    pixels_of[0] = 0
+    return pixels_of[label]
 
 
-def coil_object(files, size, skipped):
-    """One object of COIL-100, {degrees: path}: as photo_object returns it.
+def fill_holes(masks, largest=np.inf):
+    """Masks (V, H, W) bool with their holes filled, those of at most `largest` pixels.
 
-    Its cameras were never published. OURS: a circle at elevation e, far away, so that a view is
-    nearly parallel; every photo was cropped to the object's box and rescaled to 128 pixels, so the
-    box's middle is where the axis is seen, and the scale follows from the object's height H, the
-    same in all views: the box is  H cos e + (part of the depth) sin e  high, where the depth is
-    about the width seen a quarter turn later.
+    A hole is a part of the outside that is not connected with the picture's frame.
     """
-    degrees = np.array(sorted(files))
-    photos = [read_image(files[d]) for d in degrees]
-    for d, photo in zip(degrees, photos):
-        h, w, _ = photo.shape
-        if h != w or w < 8 or photo.shape != photos[0].shape:
-            raise BadInput(f"{files[d]}: {w}x{h} pixels; an object's photos must be square, all of "
-                           "one size, 128x128 in COIL-100")
-    photos = np.stack(photos)                                        # (V, S, S, 4)
+    frame = (0, 0), (1, 1), (1, 1)       # one pixel around every picture: joins all that is no hole
+    outside = np.pad(~masks, frame, constant_values=True)
+    label = components(outside)
+    of_frame = label[:, :1, :1]                                      # the label of the corner
+    hole = (label > 0) & (label != of_frame) & (component_area(label) <= largest)
+    return masks | hole[:, 1:-1, 1:-1]
+
+
+def coil_masks(photos):
+    """Masks (V, H, W) bool of COIL's photos (V, H, W, 3)."""
+    masks = bright_masks(photos, COIL_THRESHOLD)
+    corners = masks[:, [0, 0, -1, -1], [0, -1, 0, -1]]               # (V, 4)
+    flooded = corners.all(1)
+    if flooded.any():
+        masks[flooded] = bright_masks(photos[flooded], COIL_FLOODED_THRESHOLD)
+    return masks
+
+
+def bright_masks(photos, threshold):
+    """What is brighter than the threshold: its largest component, with dark parts in it filled."""
+    bright = photos.max(-1) > threshold                              # (V, H, W)
+    area = component_area(components(bright))
+    largest = area.max((1, 2), keepdims=True)
+    return fill_holes((area == largest) & bright)
+
+
+# ---- COIL-100: cameras ---------------------------------------------------------------------------
+#
+# The cameras were never published. OURS: a circle at elevation e, far away, so that a view is all
+# but parallel. Every photo was cropped to the object's box and scaled to 128 pixels, so where the
+# axis is seen and how large a pixel is differs from view to view and must be found again:
+#   the axis     is seen in the middle of the box
+#   the scale    follows from the object's height H, which is the same in all views: the box is
+#                    H cos e + (a part of the depth) sin e     high,
+#                where the depth is about the width that is seen a quarter turn later
+# Elevation, distance and depth make the silhouettes agree best with their common visual hull.
+COIL_ELEVATION = 18.0            # degrees
+COIL_DISTANCE = 12.0             # world units; the cube's half side is 1
+COIL_DEPTH = 0.5                 # the part of the depth, above
+
+
+def coil_object(files, size):
+    """One object of COIL-100, {degrees: path}, as a Capture."""
+    degrees = np.array(sorted(files))                                # as numbers: 5 before 10
+    photos = read_coil_photos([files[angle] for angle in degrees])   # (V, H, H, 4)
+    side = photos.shape[1]
+    boxes = mask_box(torch.from_numpy(photos[..., 3])).numpy()
+    left, right, top, bottom = boxes.T                               # (V,) each
+    pixel = coil_pixel(degrees, right - left, bottom - top)
+    focal = COIL_DISTANCE / pixel                                    # in pixels, as what follows
+    middle_x = (left + right) / 2
+    middle_y = (top + bottom) / 2
+    intrinsics = np.stack([focal, focal, middle_x, middle_y], 1) / side
+    # As the angle grows, the front moves left: the camera walks to the right.
+    azimuth = torch.from_numpy(np.radians(degrees))                  # float64
+    elevation = torch.full_like(azimuth, np.radians(COIL_ELEVATION))
+    cam2world = orbit(azimuth, elevation, COIL_DISTANCE).float()
+    whole = [(0, 0)] * len(photos)
+    rgba = resample(photos, whole, side, size)
+    return Capture(rgba, cam2world, torch.from_numpy(intrinsics).float())
+
+
+def read_coil_photos(paths):
+    """(V, H, H, 4) uint8, alpha the mask; BadInput where sizes differ or nothing is seen."""
+    photos = [read_image(path) for path in paths]
+    for path, photo in zip(paths, photos):
+        height, width = photo.shape[:2]
+        if height != width or width < 8 or photo.shape != photos[0].shape:
+            raise BadInput(f"{path}: {width}x{height} pixels; an object's photos must be square, "
+                           "all of one size, 128x128 in COIL-100")
+    photos = np.stack(photos)
     photos[..., 3] = 255 * coil_masks(photos[..., :3])
-    for d, photo in zip(degrees, photos):
-        if not photo[..., 3].any():
-            raise BadInput(f"{files[d]}: this view is black: its mask is empty")
-    left, right, top, bottom = mask_box(torch.from_numpy(photos[..., 3])).numpy().T
-    width, height, S = right - left, bottom - top, photos.shape[1]
-    turn = (degrees[:, None] + 90 - degrees) % 360
-    later = np.minimum(turn, 360 - turn).argmin(1)               # the view nearest to + 90 degrees
-    a, e, pixel = np.radians(degrees), np.radians(COIL_ELEVATION), np.ones(len(degrees))
-    for _ in range(50):                      # world units a pixel, H cos e = 1; contracts
-        pixel = (1 + COIL_DEPTH * np.tan(e) * (width * pixel)[later]) / height
-    pixel *= 2 * MARGIN / (np.maximum(width, height) * pixel).max()
-    back = np.stack([np.sin(a) * np.cos(e), np.sin(e) + 0 * a, np.cos(a) * np.cos(e)], 1)
-    focal = COIL_DISTANCE / pixel
-    intrinsics = np.stack([focal, focal, (left + right) / 2, (top + bottom) / 2], 1) / S
-    rgba = resample(photos, [(0, 0)] * len(photos), S, size)
-    return rgba, look_at(COIL_DISTANCE * back), torch.from_numpy(intrinsics).float(), None, None
+    for path, photo in zip(paths, photos):
+        if photo[..., 3].max() == 0:
+            raise BadInput(f"{path}: this view is black: its mask is empty")
+    return photos
 
 
-# ---- Clips: somebody moves before a fixed camera ------------------------------------------------
+def coil_pixel(degrees, width, height):
+    """World units a pixel (V,), from the boxes' width and height (V,) in pixels.
+
+    With H cos e = 1, and the view w a quarter turn after the view v:
+        pixel_v height_v = 1 + COIL_DEPTH tan(e) pixel_w width_w
+    which, put into itself again and again, converges; then all is scaled to fit into the cube.
+    """
+    later = quarter_turn_later(degrees)
+    slope = COIL_DEPTH * np.tan(np.radians(COIL_ELEVATION))
+    pixel = np.ones(len(degrees))
+    for _ in range(50):
+        depth = (width * pixel)[later]
+        pixel = (1 + slope * depth) / height
+    largest = (np.maximum(width, height) * pixel).max()
+    return pixel * (2 * MARGIN / largest)
+
+
+def quarter_turn_later(degrees):
+    """For each view (V,) the number of the one whose angle is nearest to 90 degrees more."""
+    turn = (degrees[:, None] + 90 - degrees) % 360                   # (V, V), 0 to 359
+    apart = np.minimum(turn, 360 - turn)
+    return apart.argmin(1)
+
+
+# ---- Clips: frames -------------------------------------------------------------------------------
+#
+# Somebody moves before a fixed camera: PAPER, Sec. 3.2, learns such subjects from clips alone. A
+# clip is a video, a strip of square frames side by side in one picture, or a folder of frames.
 VIDEOS = (".mp4", ".gif", ".webm", ".avi", ".mov")
-SHADOW = 0.78, 1.05              # in shadow a wall keeps this share of its brightness, and its hue
-LIMIT = 9                        # of 255, or 7 x noise: less brings back Weizmann's shadows
-OUTLIER = 2.4                    # standard deviations of the wall; at 3 light trousers are lost
 
 
-def find_clips(folder, clip_filter):
-    """The clips in a folder, as find_objects returns objects: videos, folders of frames and, if it
-    has no other photos, strips of at least 4 square frames side by side."""
-    if any((folder / name).is_dir() for name in ("images", "masks", "rgb")):     # half a layout
-        return []
+def clips_in(folder):
+    """The clips in a folder, by name; [] where it is half of a layout of photos."""
+    for name in ("images", "masks", "rgb"):
+        if (folder / name).is_dir():
+            return []
+    strips = strips_in(folder)
+    clips = []
+    for path in sorted(folder.iterdir()):
+        is_video = path.suffix.lower() in VIDEOS
+        has_frames = len(photos_in(path)) > 0
+        if is_video or has_frames or path in strips:
+            clips.append(path)
+    return clips
+
+
+def strips_in(folder):
+    """The photos in a folder if all are strips of at least 4 square frames, else []: a single other
+    photo tells that these are no clips."""
     photos = photos_in(folder)
-    shapes = (read_image(photo).shape for photo in photos)
-    strips = photos if all(w >= 4 * h and w % h == 0 for h, w, _ in shapes) else []
-    return [(p.name if p.is_dir() else p.stem, CLIPS, partial(clip_object, p, clip_filter))
-            for p in sorted(folder.iterdir())
-            if p.suffix.lower() in VIDEOS or p in strips or photos_in(p)]
+    for photo in photos:
+        height, width = read_image(photo).shape[:2]
+        if width < 4 * height or width % height != 0:
+            return []
+    return photos
 
 
 def read_frames(path):
     """A clip's frames (H, W, 3 or 4) uint8, one by one: a video need not fit in memory."""
-    if path.is_dir():                    # frame 2 comes before frame 10
-        yield from map(read_masked, sorted(photos_in(path), key=lambda photo: [
-            int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", photo.name)]))
-    elif path.suffix.lower() in PHOTOS:
-        strip = read_image(path)
-        yield from np.split(strip, strip.shape[1] // len(strip), 1)
+    if path.is_dir():
+        return frames_of_folder(path)
+    if path.suffix.lower() in PHOTOS:
+        return frames_of_strip(path)
+    return frames_of_video(path)
+
+
+def frames_of_folder(path):
+    """Its photos with their masks, if there are any, in the order of their numbers."""
+    for photo in sorted(photos_in(path), key=by_number):
+        yield read_masked(photo)
+
+
+def by_number(path):
+    """Key to sort by: frame 2 comes before frame 10, though not as text."""
+    pieces = re.split(r"(\d+)", path.name)                           # a2.png -> "a", "2", ".png"
+    return [int(piece) if piece.isdecimal() else piece for piece in pieces]
+
+
+def frames_of_strip(path):
+    """The squares side by side in one picture, from the left."""
+    strip = read_image(path)
+    height, width = strip.shape[:2]
+    return np.split(strip, width // height, axis=1)
+
+
+def frames_of_video(path):
+    """What imageio reads; ffmpeg, which it brings along, drops the transparency of a GIF."""
+    if path.suffix.lower() == ".gif":
+        how = {"mode": "RGBA"}
     else:
-        how = dict(mode="RGBA") if path.suffix.lower() == ".gif" else dict(plugin="FFMPEG")
-        try:
-            yield from iio.imiter(path, **how)
-        except Exception as err:         # as in read_image
-            raise BadInput(f"{path}: not a readable video: re-encode it, or give its frames as a "
-                           f"folder of PNGs ({' '.join(str(err).split())[-100:]})")
+        how = {"plugin": "FFMPEG"}
+    try:
+        yield from iio.imiter(path, **how)
+    except Exception as err:             # as in read_image
+        reason = " ".join(str(err).split())[-100:]
+        raise BadInput(f"{path}: not a readable video: re-encode it, or give its frames as a "
+                       f"folder of PNGs ({reason})")
 
 
 def read_clip(path, side):
-    """Frames (V, h, w, 4) uint8, alpha 255 where a clip has no masks; both sides are divided by a
-    whole number, so that the shorter one is still at least `side`."""
-    frames, sizes = [], set()
+    """Frames (V, H, W, 4) uint8 whose shorter side is not much over `side`; alpha 255 where a clip
+    has no masks."""
+    frames = []
+    sizes = set()
     for frame in read_frames(path):
-        h, w, channels = frame.shape
-        frame = np.pad(frame, ((0, 0), (0, 0), (0, 4 - channels)), constant_values=255)
-        k = max(1, min(h, w) // side)
-        frame = frame[:h // k * k, :w // k * k].reshape(h // k, k, w // k, k, 4)
-        frames.append(frame.mean((1, 3)).round().astype(np.uint8))
-        sizes.add(f"{w}x{h}")
+        height, width = frame.shape[:2]
+        sizes.add(f"{width}x{height}")
+        frames.append(shrink(frame, side))
     if len(frames) < 2 or len(sizes) > 1:
         raise BadInput(f"{path}: {len(frames)} frame(s) of {' and '.join(sorted(sizes))}: a clip "
                        "has at least 2, all of one size")
     return np.stack(frames)
 
 
+def shrink(frame, side):
+    """A frame (H, W, 3 or 4) as RGBA, both sides divided by the same whole number, so that the
+    shorter one is still at least `side`: every new pixel is the mean of a square of old ones."""
+    height, width, channels = frame.shape
+    frame = np.pad(frame, ((0, 0), (0, 0), (0, 4 - channels)), constant_values=255)
+    factor = max(1, min(height, width) // side)
+    rows = height // factor
+    columns = width // factor
+    frame = frame[:rows * factor, :columns * factor]                 # what does not divide is cut
+    squares = frame.reshape(rows, factor, columns, factor, 4)
+    return squares.mean((1, 3)).round().astype(np.uint8)
+
+
+# ---- Clips: who moves before the wall ------------------------------------------------------------
+#
+# OURS: the median over time, the usual background, fails where a person stands still. So the wall
+# is first modelled by its rows' colours at the picture's edges, and then, in rounds, by what every
+# pixel shows while nobody stands before it. Distances from the model are in units of what the wall
+# itself varies by: over 1 is somebody.
+SHADOW = 0.78, 1.05              # in shadow a wall keeps this share of its brightness, and its hue
+LIMIT = 9                        # of 255, or 7 x noise: with less, shadows come back
+OUTLIER = 2.4                    # standard deviations of the wall; with 3, light trousers are lost
+
+
 def subtract_background(frames, path):
     """Masks (V, H, W) bool of who moves before a plain, unmoving wall; frames (V, H, W, 3) uint8.
 
-    OURS: the median over time fails where a person stands still. So, first, the wall's colour in
-    each row, from the picture's edges, and its covariance there (brightness varies more than hue);
-    then, in rounds, each pixel's own background where it is free in over 15 % of the frames, else
-    its neighbours' in the row.
+    Raises BadInput, naming the clip's path, where nothing moves.
     """
-    x, still = frames.astype(np.float32), np.median(frames, 0)
-    change = np.abs(x - still).max(-1)
-    noise = 1.4826 * np.median(change)
-    limit = max(7 * noise, LIMIT)
-    if (change > limit).mean() < 1e-3:
+    x = frames.astype(np.float32)
+    still = np.median(frames, 0)                                     # (H, W, 3) over time
+    change = np.abs(x - still).max(-1)                               # (V, H, W)
+    noise = 1.4826 * np.median(change)   # a Gaussian's deviation, from its median |error|
+    limit = max(7 * noise, LIMIT)        # a larger change is no noise
+    check_something_moves(change, limit, path)
+    wall, whiten = model_wall(still, noise)
+    distance = np.linalg.norm((x - wall) @ whiten, axis=-1)          # (V, H, W)
+    for _ in range(3):
+        free = distance < 1                                          # nobody is there
+        known = free.mean(0) > 0.15                                  # (H, W) for long enough
+        background = free_colour(frames, free)                       # (H, W, 3)
+        fill_along_rows(background, known)
+        # Where a pixel's own background is known, it is compared with that; else, with the wall's
+        # variation, and with the rows above and below, as a row's guess may be wrong.
+        from_own = distance_but_for_shadow(x, background) / limit
+        from_row = np.linalg.norm((x - background) @ whiten, axis=-1)
+        distance = np.where(known, from_own, median_of_three_rows(from_row))
+    return without_specks(distance > 1)
+
+
+def check_something_moves(change, limit, path):
+    """BadInput where next to no pixel ever changes by more than the limit."""
+    moving = (change > limit).mean()
+    if moving < 1e-3:
         raise BadInput(f"{path}: nothing moves, so the background cannot be told: give masks, as "
                        "alpha or in a folder masks/ beside images/")
-    e = max(2, round(0.15 * frames.shape[2]))
-    edges = np.concatenate([still[:, :e], still[:, -e:]], 1)                     # (H, 2 e, 3)
-    back = np.median(edges, 1, keepdims=True).astype(np.float32)                 # (H, 1, 3)
-    spread = np.cov((edges - back).reshape(-1, 3).T) + max(noise, 2) ** 2 * np.eye(3)
-    whiten = np.linalg.cholesky(np.linalg.inv(spread)).astype(np.float32) / OUTLIER
-    far = np.linalg.norm((x - back) @ whiten, axis=-1)                           # (V, H, W)
-    for _ in range(3):
-        free, known = far < 1, (far < 1).mean(0) > 0.15                          # (H, W)
-        seen = np.sort(np.where(free[..., None], frames, np.uint8(255)), 0)
-        # The 75 % quantile: for half of the time a shadow may lie there.
-        at = (0.75 * (free.sum(0) - 1)).clip(0).astype(int)[None, ..., None]
-        back = np.take_along_axis(seen, at, 0)[0].astype(np.float32)             # (H, W, 3)
-        for row, ok in zip(back, known):
-            if ok.any():
-                row.T[:] = [np.interp(range(len(ok)), *np.nonzero(ok), c[ok]) for c in row.T]
-        share = ((x * back).sum(-1) / (back * back).sum(-1).clip(1)).clip(*SHADOW)
-        near = np.linalg.norm(x - share[..., None] * back, axis=-1) / limit
-        odd = np.linalg.norm((x - back) @ whiten, axis=-1)
-        odd = np.median([np.roll(odd, i, 1) for i in (-1, 0, 1)], 0)     # a row may be wrong
-        far = np.where(known, near, odd)
-    label = components(far > 1)
-    area = np.bincount(label.ravel())[label] * (label > 0)
-    specks = area <= 0.1 * area.max((1, 2), keepdims=True)
-    return fill_holes(~specks, 0.05 * area.max())                    # an arm may enclose wall
 
 
-def clip_object(path, clip_filter, size, skipped):
-    """One clip, as photo_object returns it. PAPER, clip_filter: drop 10 % of the frames at either
-    end, those under 25 % foreground, and a clip, then None, that has under 4 left."""
-    frames = read_clip(path, 2 * size)
+def model_wall(still, noise):
+    """The wall from a picture's left and right edges: its rows' colours (H, 1, 3), and a matrix W.
+
+    |(x - colour) W| is the Mahalanobis distance sqrt((x - c)^T C^-1 (x - c)) / OUTLIER, in which
+    brightness, which varies more over a wall than hue, counts less. C is the edges' covariance;
+    with C^-1 = L L^T (Cholesky) that is |L^T (x - c)|, so W = L / OUTLIER.
+    """
+    margin = max(2, round(0.15 * still.shape[1]))                    # columns on either side
+    edges = np.concatenate([still[:, :margin], still[:, -margin:]], 1)           # (H, 2 margin, 3)
+    colour = np.median(edges, 1, keepdims=True).astype(np.float32)
+    deviation = (edges - colour).reshape(-1, 3)
+    floor = max(noise, 2) ** 2           # without it a wall of one colour has no inverse of C
+    C = np.cov(deviation.T) + floor * np.eye(3)
+    L = np.linalg.cholesky(np.linalg.inv(C))
+    return colour, L.astype(np.float32) / OUTLIER
+
+
+def free_colour(frames, free):
+    """Each pixel's colour (H, W, 3) float32 in the frames where it is free (V, H, W) bool.
+
+    The 75 % quantile of these, not the median: for half of the time a shadow may lie there.
+    """
+    # What is not free becomes 255, so it is sorted to the end, behind all that are free.
+    others_last = np.where(free[..., None], frames, np.uint8(255))
+    ordered = np.sort(others_last, 0)                                # (V, H, W, 3)
+    rank = 0.75 * (free.sum(0) - 1)                                  # (H, W), among the free ones
+    rank = rank.clip(0).astype(int)
+    colour = np.take_along_axis(ordered, rank[None, ..., None], 0)[0]
+    return colour.astype(np.float32)
+
+
+def fill_along_rows(background, known):
+    """Where a pixel of the background (H, W, 3) is not known (H, W) bool, draw a straight line
+    between those of its row that are; in place. A row without any keeps what it has."""
+    height, width = known.shape
+    for row in range(height):
+        columns = np.nonzero(known[row])[0]
+        if len(columns) == 0:
+            continue
+        for channel in range(3):
+            values = background[row, columns, channel]
+            background[row, :, channel] = np.interp(range(width), columns, values)
+
+
+def distance_but_for_shadow(x, background):
+    """|x - a b| (V, H, W), where b is the background and a, within SHADOW, the best share of it.
+
+    A shadow makes a wall darker and keeps its hue. |x - a b|^2 is least at a = (x b) / (b b).
+    """
+    dot = (x * background).sum(-1)                                   # (V, H, W)
+    square = (background * background).sum(-1)                       # (H, W)
+    share = dot / square.clip(1)                                     # 1: a black wall divides by 0
+    share = share.clip(*SHADOW)
+    return np.linalg.norm(x - share[..., None] * background, axis=-1)
+
+
+def median_of_three_rows(values):
+    """The median of every pixel of (V, H, W), the one above it and the one below."""
+    above = np.roll(values, 1, axis=1)
+    below = np.roll(values, -1, axis=1)
+    return np.median([above, values, below], 0)
+
+
+def without_specks(masks):
+    """Masks (V, H, W) bool without components of under a tenth of their picture's largest, and with
+    small holes filled; not large ones, as an arm may enclose wall."""
+    area = component_area(components(masks))
+    largest = area.max((1, 2), keepdims=True)                        # (V, 1, 1)
+    return fill_holes(area > 0.1 * largest, 0.05 * area.max())
+
+
+# ---- Clips: a clip is an object ------------------------------------------------------------------
+def clip_object(path, size, clip_filter, skipped):
+    """One clip as a Capture: its frames are views of somebody who moves, all from one fixed camera.
+
+    PAPER, clip_filter: drop 10 % of the frames at either end, those under 25 % foreground, and a
+    clip, by LeftOut, that has under 4 left. `skipped` counts what is dropped.
+    """
+    frames = masked_frames(path, size, clip_filter, skipped)
+    rgba = crop_once(frames, size)                                   # (V, size, size, 4)
+    cover = rgba[..., 3].float().mean((1, 2)) / 255                  # (V,) share of foreground
     if clip_filter:
-        frames = frames[len(frames) // 10:len(frames) - len(frames) // 10]
-    if frames[..., 3].min() == 255:
+        keep = cover >= 0.25
+        reason = "frames are under 25 % foreground"
+    else:
+        keep = cover > 0
+        reason = "frames are empty"
+    skipped[reason] += int((~keep).sum())
+    n_kept = int(keep.sum())
+    if clip_filter and n_kept < 4:
+        raise LeftOut("clips have under 4 frames left")
+    cam2world, intrinsics = fixed_camera(n_kept)
+    return Capture(rgba[keep], cam2world, intrinsics)
+
+
+def masked_frames(path, size, clip_filter, skipped):
+    """A clip's frames (V, H, W, 4) uint8 with masks: their own, or else what moves."""
+    frames = read_clip(path, 2 * size)   # twice the size: enough to be cropped and resampled
+    if clip_filter:
+        cut = len(frames) // 10
+        frames = frames[cut:len(frames) - cut]
+    if not has_mask(frames):
         frames[..., 3] = 255 * subtract_background(frames[..., :3], path)
-    unmasked = frames[..., 3].min((1, 2)) == 255          # masks/ may lack some
+    unmasked = frames[..., 3].min((1, 2)) == 255                     # masks/ may lack some
     skipped["frames have no mask"] += int(unmasked.sum())
     frames = frames[~unmasked]
     if len(frames) < 2:
         raise BadInput(f"{path}: only {len(frames)} of its frames has a mask")
-    masks = torch.from_numpy(frames[..., 3])
-    if (empty := (masks.amax((1, 2)) <= 127).sum()) > len(masks) - 2:
-        raise BadInput(f"{path}: nothing stands before the background in {empty} of its "
-                       f"{len(masks)} frames: film before a plain wall, or give masks")
-    # One square for the whole clip: the camera did not move, so the crop must not either.
-    left, right, top, bottom = mask_box(masks.amax(0)[None])[0].tolist()
-    side = round(max((bottom - top) / 0.9, (right - left) / 0.95))
-    corner = round((left + right - side) / 2), round((top + bottom - side) / 2)
-    rgba = resample(frames, [corner] * len(frames), side, size)
-    cover = rgba[..., 3].float().mean((1, 2)) / 255
-    keep, why = (cover >= 0.25, "under 25 % foreground") if clip_filter else (cover > 0, "empty")
-    skipped[f"frames are {why}"] += int((~keep).sum())
-    if clip_filter and keep.sum() < 4:
-        skipped["clips have under 4 frames left"] += 1
-        return None
-    return rgba[keep], *fixed_camera(int(keep.sum())), None, None
+    n_empty = (frames[..., 3].max((1, 2)) <= 127).sum()
+    if n_empty > len(frames) - 2:
+        raise BadInput(f"{path}: nothing stands before the background in {n_empty} of its "
+                       f"{len(frames)} frames: film before a plain wall, or give masks")
+    return frames
 
 
-# ---- Load ---------------------------------------------------------------------------------------
-LAYOUTS = [                                  # name, reader, and the files that tell it
-    ("NeRF transforms", read_transforms, *TRANSFORMS), ("SRN", read_srn, "pose/*.txt"),
-    ("LLFF", read_llff, "poses_bounds.npy"), ("COLMAP", read_colmap, *SPARSE),
-    ("Objaverse renders", read_objaverse, "???.npy")]
+def crop_once(frames, size):
+    """One square for a whole clip, (V, size, size, 4) uint8: where anybody ever is, and some air.
+
+    The camera did not move, so the crop must not either, or a step aside would be lost.
+    """
+    ever = torch.from_numpy(frames[..., 3]).amax(0)                  # (H, W) of all masks
+    left, right, top, bottom = mask_box(ever[None])[0].tolist()
+    by_height = (bottom - top) / 0.9
+    by_width = (right - left) / 0.95
+    side = round(max(by_height, by_width))
+    corner_x = round((left + right - side) / 2)
+    corner_y = round((top + bottom - side) / 2)
+    corners = [(corner_x, corner_y)] * len(frames)
+    return resample(frames, corners, side, size)
 
 
-def find_objects(folder, root, depth=3):
-    """All objects below a folder: (name, layout, function (size, skipped) -> see photo_object)."""
-    coil = {}
-    for path in folder.glob("obj*__*.png"):
-        if match := re.fullmatch(r"obj(\d+)__(\d+)", path.stem):
-            coil.setdefault(int(match[1]), {})[int(match[2])] = path
-    if coil:
-        return [(f"obj{k}", "COIL-100", partial(coil_object, coil[k])) for k in sorted(coil)]
-    for layout, read, *signs in LAYOUTS:
-        if any(next(folder.glob(sign), None) for sign in signs):
-            name = folder.name if folder == root else folder.relative_to(root).as_posix()
-            return [(name, layout, partial(photo_object, read, folder))]
-    return [found for sub in sorted(folder.iterdir()) if depth and sub.is_dir()
-            for found in find_objects(sub, root, depth - 1)]
+# ---- Captions ------------------------------------------------------------------------------------
+
+
+def read_caption_lines(path):
+    """{name: caption} of a text file, a line NAME: CAPTION each."""
+    captions = {}
+    for line in path.read_text(errors="replace").splitlines():
+        if not line.strip():
+            continue
+        name, colon, caption = line.partition(":")
+        if not colon:
+            raise BadInput(f"{path}: expected lines NAME: CAPTION")
+        captions[name.strip()] = caption.strip()
+    return captions
+
+
+def read_caption_json(path):
+    """{name: caption} of a JSON file of just this form."""
+    try:
+        content = json.loads(path.read_text(errors="replace"))
+        pairs = content.items()
+        return {name.strip(): caption.strip() for name, caption in pairs}
+    except (ValueError, AttributeError):                 # no JSON, no names in it, no texts
+        raise BadInput(f'{path}: expected {{"NAME": "CAPTION"}}') from None
 
 
 def read_captions(folder, names):
-    """A user's captions, {name of the object: caption}: from captions.json, of just this form; from
-    captions.txt, a line "NAME: CAPTION" each; from a caption.txt in an object's own folder."""
-    found = {name: path.read_text(errors="replace").strip() for name in names
-             if (path := folder / name / "caption.txt").is_file()}
-    for path in (folder / "captions.txt", folder / "captions.json"):
+    """A user's captions, {name of an object: caption}; an object may have none.
+
+    From a caption.txt in the object's own folder; from captions.txt; from captions.json. What is
+    read later counts.
+    """
+    captions = {}
+    for name in names:
+        path = folder / name / "caption.txt"
+        if path.is_file():
+            captions[name] = path.read_text(errors="replace").strip()
+    for file, read in (("captions.txt", read_caption_lines), ("captions.json", read_caption_json)):
+        path = folder / file
         if not path.is_file():
             continue
-        text = path.read_text(errors="replace")
-        try:
-            lines = [line.split(":", 1) for line in text.splitlines() if line.strip()]
-            pairs = json.loads(text) if path.suffix == ".json" else dict(lines)
-            pairs = {name.strip(): caption.strip() for name, caption in pairs.items()}
-        except (ValueError, AttributeError):
-            form = '{"NAME": "CAPTION"}' if path.suffix == ".json" else "lines NAME: CAPTION"
-            raise BadInput(f"{path}: expected {form}") from None
-        if unknown := set(pairs) - set(names):
+        found = read(path)
+        unknown = set(found) - set(names)
+        if unknown:
             raise BadInput(f"{path}: no object is called {min(unknown)}; there are: "
-                           f"{', '.join(names[:9])}{' ...' * (len(names) > 9)}")
-        found |= pairs
+                           f"{some_of(names, 9)}")
+        captions.update(found)
+    return captions
+
+
+def some_of(names, n):
+    """The first n names in a row, for a message."""
+    listed = ", ".join(names[:n])
+    if len(names) > n:
+        listed += " ..."
+    return listed
+
+
+# ---- Load ----------------------------------------------------------------------------------------
+
+SYNTHETIC = "synthetic: chairs, tables and vehicles of boxes and cylinders"
+PUPPETS = "puppets: articulated people before one camera, a clip each"
+COIL = "COIL-100"
+CLIPS = "clips: one object each, its camera unknown"
+MADE_UP = (SYNTHETIC, PUPPETS)
+MOVING = (PUPPETS, CLIPS)
+
+NO_MASKS = ("photos without masks: provide an alpha channel, or a folder masks/ beside images/ "
+            "with white objects on black, of the same names")
+
+# Photos of other layouts: the name, the reader, and the files that tell one.
+LAYOUTS = []
+LAYOUTS.append(("NeRF transforms", read_transforms, TRANSFORMS))
+LAYOUTS.append(("SRN", read_srn, ("pose/*.txt",)))
+LAYOUTS.append(("LLFF", read_llff, ("poses_bounds.npy",)))
+LAYOUTS.append(("COLMAP", read_colmap, SPARSE))
+LAYOUTS.append(("Objaverse renders", read_objaverse, ("???.npy",)))
+
+
+@dataclass
+class Found:
+    """An object that `load` can build."""
+    name: str
+    layout: str
+    origin: object               # what is made up: its number k; COIL-100: {degrees: path};
+                                 # a clip: its path; other photos: their folder
+    read: object = None          # other photos: their layout's reader
+
+
+def find_coil(folder):
+    """COIL-100's objects in a folder, in the order of their numbers: a list of Found."""
+    photos = {}                                          # {number: {degrees: path}}
+    for path in folder.glob("obj*__*.png"):
+        match = re.fullmatch(r"obj(\d+)__(\d+)", path.stem)
+        if match:
+            number, degrees = int(match[1]), int(match[2])
+            photos.setdefault(number, {})[degrees] = path
+    return [Found(f"obj{number}", COIL, photos[number]) for number in sorted(photos)]
+
+
+def find_photos(folder, root, depth=3):
+    """All photographed objects in a folder, or else in those below it: a list of Found."""
+    found = find_coil(folder)
+    if found:
+        return found
+    for layout, read, signs in LAYOUTS:
+        for sign in signs:
+            if any(folder.glob(sign)):
+                name = folder.name
+                if folder != root:
+                    name = folder.relative_to(root).as_posix()
+                return [Found(name, layout, folder, read)]
+    if depth > 0:
+        for below in sorted(folder.iterdir()):
+            if below.is_dir():
+                found += find_photos(below, root, depth - 1)
     return found
 
 
-MOVING = PUPPETS, CLIPS = ("puppets: articulated people before one camera, a clip each",
-                           "clips: one object each, its camera unknown")
+def find_clips(folder):
+    """All clips in a folder: a list of Found."""
+    found = []
+    for path in clips_in(folder):
+        name = path.name if path.is_dir() else path.stem
+        found.append(Found(name, CLIPS, path))
+    return found
 
 
-def find(source, seed, n_objects, n_views, arc, shared_colours, clip_filter):
-    """What `load` is to build: (name, layout, function (size, skipped) -> see photo_object)."""
-    made = dict(puppets=(PUPPETS, partial(puppet_object, shared_colours)), synthetic=(
-        "synthetic: chairs, tables and vehicles of boxes and cylinders",
-        partial(synthetic_object, arc)))
-    if str(source) in made:
-        layout, make = made[str(source)]
-        return [(f"{k:04d}", layout, partial(make, seed, k, n_views)) for k in range(n_objects)]
+def find(source, n_objects):
+    """All objects of a source: a list of Found; BadInput where there is none."""
+    if str(source) == "synthetic":
+        return [Found(f"{k:04d}", SYNTHETIC, k) for k in range(n_objects)]
+    if str(source) == "puppets":
+        return [Found(f"{k:04d}", PUPPETS, k) for k in range(n_objects)]
     folder = Path(source).resolve()
     if not folder.is_dir():
         raise BadInput(f"{source}: no such folder (nor is it 'synthetic' or 'puppets')")
-    if found := find_objects(folder, folder) or find_clips(folder, clip_filter):
+    found = find_photos(folder, folder) or find_clips(folder)
+    if not found:
+        known = [f"{' or '.join(signs)} ({layout})" for layout, _, signs in LAYOUTS]
+        raise BadInput(f"{source}: no layout recognised here or below. Known are: "
+                       f"{'; '.join(known)}; obj1__0.png (COIL-100); clips, which are videos "
+                       f"({' '.join(VIDEOS)}), strips of square frames or folders of frames")
+    return found
+
+
+def choose(found, objects, source):
+    """Those of a list of Found that are named in `objects`, such as "obj2,obj5"; None: all."""
+    wanted = {name.strip() for name in (objects or "").split(",")}
+    wanted.discard("")
+    if not wanted:
         return found
-    known = "; ".join(f"{' or '.join(signs)} ({layout})" for layout, _, *signs in LAYOUTS)
-    raise BadInput(f"{source}: no layout recognised here or below. Known are: {known}; "
-                   f"obj1__0.png (COIL-100); clips, which are videos ({' '.join(VIDEOS)}), strips "
-                   "of square frames or folders of frames")
+    names = [one.name for one in found]
+    unknown = wanted - set(names)
+    if unknown:
+        raise BadInput(f"{source}: no object {', '.join(sorted(unknown))}; there are: "
+                       f"{some_of(names, 40)}")
+    return [one for one in found if one.name in wanted]
 
 
 def is_moving(source):
     """Whether `load` would find puppets or clips; False, too, where it would find nothing."""
     try:
-        return any(layout in MOVING for _, layout, _ in find(source, 0, 1, 1, 0.0, True, False))
+        found = find(source, n_objects=1)
     except BadInput:
         return False
+    return found[0].layout in MOVING
 
 
 def load(source, size, holdout=6, seed=0, n_objects=128, n_views=24, objects=None, arc=0.0,
          shared_colours=True, clip_filter=False):
     """The Dataset of "synthetic", "puppets" or a folder of photos or clips; square images.
 
-    holdout: every n-th view of an object is held out, or the last 1/n of a clip, where neighbours
-             in time are all but equal; 0: none, nor where there are fewer views
+    holdout: every n-th view of an object is held out, or the last 1/n of a clip; 0: none
     seed, n_objects, n_views: of what is made up           objects: "obj2,obj5" keeps these only
-    arc: degrees, see synthetic_cameras                    shared_colours: see make_puppet
-    clip_filter: see clip_object
-    Raises BadInput where the folder is not what it should be.
+    arc: see cameras_on_an_arc; 0: cameras all round       shared_colours: see make_puppet
+    clip_filter: see clip_object            raises BadInput where a folder is not what it should be
     """
-    found = find(source, seed, n_objects, n_views, arc, shared_colours, clip_filter)
-    moving = any(layout in MOVING for _, layout, _ in found)
-    present = [name for name, *_ in found]
-    if wanted := {name.strip() for name in (objects or "").split(",")} - {""}:
-        if unknown := wanted - set(present):
-            raise BadInput(f"{source}: no object {', '.join(sorted(unknown))}; there are: "
-                           f"{', '.join(present[:40])}{' ...' * (len(present) > 40)}")
-        found = [one for one in found if one[0] in wanted]
     skipped = Counter()
-    built = [(name, *one) for name, _, build in found if (one := build(size, skipped))]
-    skipped = [f"{n} {reason}" for reason, n in skipped.items() if n]
-    if not built:
-        raise BadInput(f"{source}: nothing is left ({', '.join(skipped)}); photos without masks: "
-                       "provide an alpha channel, or a folder masks/ beside images/ with white "
-                       "objects on black, of the same names")
-    names, rgba, poses, intrinsics, captions, known = map(list, zip(*built))
-    if str(source) not in ("synthetic", "puppets"):
-        own = read_captions(Path(source), present)
-        captions = [own.get(name) for name in names]
-    n_frames = torch.tensor([len(pictures) for pictures in rgba])
-    number = torch.cat([torch.arange(1, n + 1) for n in n_frames])   # of a view in its object
-    n, every = n_frames.repeat_interleave(n_frames), holdout or len(number) + 1
-    rgba, truth = torch.cat(rgba), isinstance(known[0], dict)
-    return Dataset(
-        rgba[..., :3], rgba[..., 3], torch.cat(poses), torch.cat(intrinsics),
-        object_index=torch.arange(len(built)).repeat_interleave(n_frames),
-        heldout=number > n - n // every if moving else number % every == 0,
-        names=names, captions=captions, skipped=skipped, moving=moving,
-        layout=", ".join(dict.fromkeys(layout for _, layout, _ in found)),
-        shapes=None if None in known or truth else known,
-        truth={k: torch.cat([one[k] for one in known]) for k in known[0]} if truth else None)
+
+    def build(one):                                      # a Found -> its Capture
+        if one.layout == SYNTHETIC:
+            return synthetic_object(one.origin, seed, n_views, size, arc)
+        if one.layout == PUPPETS:
+            return puppet_object(one.origin, seed, n_views, size, shared_colours)
+        if one.layout == COIL:
+            return coil_object(one.origin, size)
+        if one.layout == CLIPS:
+            return clip_object(one.origin, size, clip_filter, skipped)
+        return photo_object(one.read, one.origin, size, skipped)
+    found = find(source, n_objects)
+    chosen = choose(found, objects, source)
+    names, captures = [], []
+    for one in chosen:
+        try:
+            captures.append(build(one))
+            names.append(one.name)
+        except LeftOut as reason:
+            skipped[str(reason)] += 1
+    skipped = [f"{n} {reason}" for reason, n in skipped.items() if n > 0]
+    if not captures:
+        raise BadInput(f"{source}: nothing is left ({', '.join(skipped)}); {NO_MASKS}")
+    if chosen[0].layout not in MADE_UP:
+        own = read_captions(Path(source), [one.name for one in found])
+        for name, capture in zip(names, captures):
+            capture.caption = own.get(name)
+    layout = ", ".join(dict.fromkeys(one.layout for one in chosen))  # each once, in order
+    moving = chosen[0].layout in MOVING
+    return gather(names, captures, holdout, layout, skipped, moving)
 
 
-# ---- Command line -------------------------------------------------------------------------------
+def load_for(settings, source):
+    """The Dataset of `source` as settings (train.py's, or a namespace with the same fields) say."""
+    return load(source, settings.size, settings.holdout, settings.seed, settings.n_objects,
+                settings.n_views, settings.objects, settings.arc, settings.shared_colours,
+                settings.clip_filter)
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
 def contact_sheet(dataset, rows=8, columns=12):
-    """(rows S, columns S, 3) uint8: an object a row, views in order, grey where the mask is 0."""
+    """(rows size, columns size, 3) uint8: an object a row, views in order, grey around it."""
     sheet = []
     for k in range(min(rows, dataset.n_objects)):
         frames = dataset.frames_of(k)
-        frames = frames[torch.linspace(0, len(frames) - 1, columns).round().long()]
+        evenly = torch.linspace(0, len(frames) - 1, columns).round().long()
+        frames = frames[evenly]
+        images = dataset.images[frames].float()
         grey = 0.35 * (255 - dataset.masks[frames, ..., None].float())
-        sheet.append(torch.cat(list(dataset.images[frames].float() + grey), 1))
+        row = torch.cat(list(images + grey), 1)          # (size, columns size, 3)
+        sheet.append(row)
     return torch.cat(sheet).byte().numpy()
 
 
 def plot_cameras(dataset, path):
-    """3D plot: the cube [-1, 1]^3, and every camera with the direction it looks in."""
-    from matplotlib.figure import Figure
-    axes = Figure(figsize=(7, 7)).add_subplot(projection="3d")
-    where, ahead = dataset.cam2world[:500, :3, 3], -dataset.cam2world[:500, :3, 2]
+    """3D plot: the cube [-1, 1]^3, and up to 500 cameras with the direction that they look in."""
+    from matplotlib.figure import Figure as Plot
+    axes = Plot(figsize=(7, 7)).add_subplot(projection="3d")
     order = [2, 0, 1]                                    # matplotlib's vertical axis is its third
-    length = 0.25 * where.norm(dim=1).mean().item()
-    axes.quiver(*where[:, order].T, *ahead[:, order].T, length=length, linewidth=0.6)
-    for a, b in itertools.combinations(CORNERS[:, order], 2):
-        if (a != b).sum() == 1:                          # an edge of the cube
-            axes.plot(*torch.stack([a, b]).T, color="black", linewidth=0.8)
+    position = dataset.cam2world[:500, :3, 3]
+    ahead = -dataset.cam2world[:500, :3, 2]
+    length = 0.25 * position.norm(dim=1).mean().item()
+    axes.quiver(*position[:, order].T, *ahead[:, order].T, length=length, linewidth=0.6)
+    ends = list(itertools.product([-1, 1], repeat=3))    # the cube's corners, in any order of axes
+    for a, b in itertools.combinations(ends, 2):
+        differing = sum(x != y for x, y in zip(a, b))
+        if differing == 1:                               # an edge
+            axes.plot(*zip(a, b), color="black", linewidth=0.8)
     axes.set(xlabel="z", ylabel="x", zlabel="y (up)", title="cameras look at the cube [-1, 1]^3")
     axes.set_aspect("equal")
     axes.figure.savefig(path, dpi=110)
 
 
+def span(x):
+    """The least and the largest number of x, in words."""
+    return f"{x.min():.3g} to {x.max():.3g}"
+
+
+def describe_cameras(dataset):
+    """Two lines on where cameras are and what they see."""
+    position = dataset.cam2world[:, :3, 3]
+    distance = position.norm(dim=1)
+    elevation = torch.rad2deg(torch.asin(position[:, 1] / distance))
+    fov = torch.rad2deg(2 * torch.atan(0.5 / dataset.intrinsics[:, 1]))
+    uv, _ = project(torch.zeros(1, 3), dataset.cam2world, dataset.intrinsics)
+    is_seen = ((uv > 0) & (uv < 1)).all(-1)
+    share = 100 * is_seen.float().mean()
+    return (f"cameras   distance {span(distance)}, elevation {span(elevation)} degrees,\n"
+            f"          field of view {span(fov)} degrees; {share:.0f} % see the cube's middle")
+
+
 def describe(dataset):
     """What was found, in lines."""
-    d, views = dataset, dataset.object_index.bincount()
-    where = d.cam2world[:, :3, 3]
-    distance, S = where.norm(dim=1), d.images.shape[1]
-    elevation = torch.rad2deg(torch.asin(where[:, 1] / distance))
-    fov = torch.rad2deg(2 * torch.atan(0.5 / d.intrinsics[:, 1]))
-    middle = project(torch.zeros(1, 3), d.cam2world, d.intrinsics)[:, 0]
-    cover = d.masks.float().mean((1, 2)) / 2.55
-    def span(x):
-        return f"{x.min():.3g} to {x.max():.3g}"
-    seen = 100 * ((middle > 0) & (middle < 1)).all(1).float().mean()
-    yield f"layout    {d.layout}"
-    yield f"objects   {d.n_objects} ({', '.join(d.names[:6])}{' ...' * (d.n_objects > 6)})"
-    yield (f"views     {len(where)}: {views.min()} to {views.max()} an object; "
-           f"{d.heldout.sum()} held out")
-    yield f"size      {S} x {S}"
-    yield "cameras   unknown, as are the poses: to be learned" if d.moving else (
-        f"cameras   distance {span(distance)}, elevation {span(elevation)} degrees,\n"
-        f"          field of view {span(fov)} degrees; {seen:.0f} % see the cube's middle")
-    yield f"masks     cover {span(cover)} % of a frame"
-    yield f"captions  {d.captions[0] or 'none'}"
-    for line in d.skipped or ["nothing"]:
-        yield f"skipped   {line}"
+    views = dataset.object_index.bincount()              # (N,) of each object
+    n_frames, size = dataset.images.shape[:2]
+    cover = 100 * dataset.masks.float().mean((1, 2)) / 255
+    lines = []
+    lines.append(f"layout    {dataset.layout}")
+    lines.append(f"objects   {dataset.n_objects} ({some_of(dataset.names, 6)})")
+    lines.append(f"views     {n_frames}: {views.min()} to {views.max()} an object; "
+                 f"{dataset.heldout.sum()} held out")
+    lines.append(f"size      {size} x {size}")
+    if dataset.moving:
+        lines.append("cameras   unknown, as are the poses: to be learned")
+    else:
+        lines.append(describe_cameras(dataset))
+    lines.append(f"masks     cover {span(cover)} % of a frame")
+    lines.append(f"captions  {dataset.captions[0] or 'none'}")
+    for reason in dataset.skipped or ["nothing"]:
+        lines.append(f"skipped   {reason}")
+    return lines
 
 
-def main():
-    """Says what is in --data and draws it."""
+def make_parser():
+    """The flags of `python data.py`."""
     parser = Parser(description="Tell what is in a dataset, and draw it.")
-    parser.add_argument("--data", default="synthetic",
-                        help="'synthetic', 'puppets', or a folder of photos or of clips")
-    parser.add_argument("--size", type=int, default=64, help="side of the square frames (64)")
-    parser.add_argument("--out", default="data-check", help="folder for the pictures (data-check)")
-    parser.add_argument("--objects", help="only these, separated by commas")
-    parser.add_argument("--holdout", type=int, default=6, help="every n-th view; 0: none (6)")
-    parser.add_argument("--clip-filter", action="store_true",
-                        help="of clips: drop the ends, frames under 25 %% foreground, short ones")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--data", default="synthetic",
+        help="'synthetic', 'puppets', or a folder of photos or of clips")
+    add("--size", type=int, default=64, help="side of the square frames (64)")
+    add("--out", default="data-check", help="folder for the pictures (data-check)")
+    add("--objects", help="only these, separated by commas")
+    add("--holdout", type=int, default=6, help="every n-th view; 0: none (6)")
+    add("--clip-filter", action="store_true",
+        help="of clips: drop the ends, frames under 25 %% foreground, short ones")
+    return parser
+
+
+def main(arguments=None):
+    """Says what is in --data and draws it."""
+    args = make_parser().parse_args(arguments)
     if args.size < 8 or args.holdout < 0:
         raise BadInput("--size must be at least 8, --holdout at least 0")
     dataset = load(args.data, args.size, args.holdout, objects=args.objects,
@@ -1274,10 +2328,12 @@ def main():
     print("\n".join(describe(dataset)))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    written = [out / "sheet.png"]
     iio.imwrite(out / "sheet.png", contact_sheet(dataset))
     if not dataset.moving:
+        written.append(out / "cameras.png")
         plot_cameras(dataset, out / "cameras.png")
-    print(f"wrote     {out / 'sheet.png'}{f', {out}/cameras.png' * (not dataset.moving)}")
+    print(f"wrote     {', '.join(str(path) for path in written)}")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,368 @@
 """Normalized latents go in; a network that turns noise into new ones comes out. Stage 2.
 
-Paper: Sec. 3.3, App. B.2, C.2. The network is ADM's U-Net (Dhariwal and Nichol 2021) with every
-operation made 3D; preconditioning, loss and sampler are EDM's (Karras et al. 2022, "Elucidating
-the design space of diffusion-based generative models"), with EDM's symbols.
+Paper: Sec. 3.3, App. B.2, C.2. Preconditioning, loss and sampler are EDM's (Karras et al. 2022,
+"Elucidating the Design Space of Diffusion-Based Generative Models"), with EDM's symbols; the
+network is ADM's U-Net (Dhariwal and Nichol 2021) with every operation made 3D.
+
+    DDPM                                        EDM, here
+    x_t = sqrt(abar) x + sqrt(1 - abar) eps     x + sigma n: x keeps its size, noise is added
+    a step number t from 1 to 1000              the noise level sigma itself, from 0.002 to 80
+    the network answers the noise eps           D(x + sigma n; sigma) answers the clean x
+    1000 random steps                           64 steps along a curve from sigma 80 to 0
 
     D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)      the denoiser, F the U-Net
-    dx/dsigma   = (x - D(x; sigma)) / sigma                the path from noise (sigma 80) to data
+    dx/dsigma   = (x - D(x; sigma)) / sigma                the curve from noise to data
 
-Shapes: B samples, C latent channels, D = H = W side, T tokens of text.
-Simplified: no dropout schedule, no mixed precision, no augmentation.
-Read next: sample.py
+TRAP: the paper's latent is called F, too. Here latents are x, clean or noisy, and F is `unet`.
+
+Shapes: B objects, C latent channels, s side of a latent (D = H = W = s).
+Simplified: no dropout, no mixed precision, no augmentation.
+Read next: train.py
 """
 import math
-import re
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention, silu
 
-from data import BadInput
+# ---- The denoiser (EDM, Table 1) ----------------------------------------------------------------
 
-# ---- Building blocks of the U-Net, in 3D --------------------------------------------------------
+
+def preconditioning(sigma, sigma_data):
+    """c_skip, c_out, c_in, c_noise at noise levels sigma (any shape), each in the shape of sigma.
+
+    Without them the network would be fed numbers of size 80 where sigma is large, and be asked to
+    repeat its input where it is small. With them, as c_skip y + c_out F shall be the clean x, where
+    y = x + sigma n is the noisy one,
+
+        F is fed       c_in y                    variance (a^2 + sigma^2) / total
+        F must answer  (x - c_skip y) / c_out    variance (sd^2 + a^2 sigma^2 / sd^2) / total
+
+    where total = sigma^2 + sd^2, sd is sigma_data, and a is the deviation of the data. If a = sd,
+    both are 1 at every sigma: what networks like best. If not, they lie between 1 and (a / sd)^2.
+    """
+    total = sigma**2 + sigma_data**2
+    c_skip = sigma_data**2 / total               # 1: little noise, keep y; 0: all noise, drop it
+    c_out = sigma * sigma_data / total.sqrt()    # how far c_skip y is from the clean x, if a = sd
+    c_in = 1 / total.sqrt()
+    c_noise = sigma.log() / 4
+    return c_skip, c_out, c_in, c_noise
+
+
+class Denoiser(nn.Module):
+    """D(x; sigma): the mean of all clean latents that may lie behind a noisy x.
+
+    At sigma 80 that is nearly the mean of all data, at sigma 0.002 nearly x itself; in between it
+    is a blurred guess, which sharpens as sigma falls. It is a mean because the loss is a square.
+
+    latent_shape           (C, s, s, s); PAPER: (256, 8, 8, 8), and Tab. 5 for the defaults below
+    channels, multipliers  width of the U-Net, and its factors at sides s, s/2, ...
+    depth                  residual blocks at each side
+    attention              sides at which voxels look at each other; (): at none
+    sigma_data             deviation of the latents that EDM reckons with. PAPER: 0.5, while they
+                           are normalized to about 1. AMBIGUOUS: whether that is meant
+    """
+
+    def __init__(self, latent_shape, channels=128, multipliers=(3, 4), depth=2, attention=(8, 4),
+                 sigma_data=0.5):
+        super().__init__()
+        self.latent_shape = tuple(latent_shape)
+        self.sigma_data = sigma_data
+        self.unet = UNet3D(self.latent_shape, channels, multipliers, depth, attention)
+
+    @classmethod
+    def from_settings(cls, settings, latent_shape):
+        return cls(latent_shape,
+                   channels=settings.unet_channels, multipliers=settings.unet_multipliers,
+                   depth=settings.unet_depth, attention=settings.unet_attention,
+                   sigma_data=settings.sigma_data)
+
+    def forward(self, x, sigma):
+        """x (B, C, s, s, s) noisy latents, sigma a number or (B,) -> clean guess, as x."""
+        return self.precondition(self.unet, x, sigma)
+
+    def precondition(self, network, x, sigma):
+        """c_skip x + c_out network(c_in x, c_noise). network is F: the U-Net."""
+        if x.shape[1:] != self.latent_shape:
+            raise ValueError(f"x must be B latents {self.latent_shape}, got {tuple(x.shape)}")
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
+        sigma = sigma[:, None, None, None, None]                                # (B, 1, 1, 1, 1)
+        c_skip, c_out, c_in, c_noise = preconditioning(sigma, self.sigma_data)
+        # The sampler's x is float64, the weights are float32: convert on the way in and out.
+        dtype = self.unet.first.weight.dtype
+        answer = network((c_in * x).to(dtype), c_noise.flatten().to(dtype))     # (B, C, s, s, s)
+        return c_skip * x + c_out * answer.to(x.dtype)
+
+
+# ---- Training (EDM, Table 1) --------------------------------------------------------------------
+
+
+def edm_loss(denoise, x, sigma_data, generator=None, P_mean=-1.2, P_std=1.2):
+    """EDM's loss: the mean of weight(sigma) |D(x + sigma n; sigma) - x|^2, a scalar.
+
+    denoise     any callable (noisy x, sigma (B,)) -> clean guess, as x
+    x           (B, C, s, s, s) clean, normalized latents
+    sigma_data  that of the denoiser
+    generator   of sigma and n: a torch.Generator on the CPU; None: torch's own
+
+    ln sigma ~ N(P_mean, P_std^2): sigma is mostly within 0.03, below which there is little noise to
+    see, and 3, above which there is little else.
+    weight = 1 / c_out^2 makes this the squared error of F's own answer. A new F answers 0 and pays
+    the variance of what it must answer (see preconditioning): about 1 if the data's deviation is
+    sigma_data, more if it is larger.
+    """
+    # Drawn on the CPU, where the generator lives: the same numbers on every device.
+    normal = torch.randn(len(x), generator=generator).to(x)
+    noise = torch.randn(x.shape, generator=generator).to(x)
+    sigma = (P_mean + P_std * normal).exp()                                     # (B,)
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data)**2               # (B,) 1 / c_out^2
+    noisy = x + sigma[:, None, None, None, None] * noise                        # (B, C, s, s, s)
+    error = (denoise(noisy, sigma) - x)**2
+    error = error.flatten(1).mean(1)                                            # (B,)
+    return (weight * error).mean()
+
+
+# ---- Sampling (EDM, Algorithm 2) ----------------------------------------------------------------
+#
+# Begin at sigma 80 with noise alone, beside which data would hardly show. Let sigma fall to 0, and
+# x follow dx/dsigma = (x - D(x; sigma)) / sigma, that is, move towards the clean guess D, which
+# sharpens on the way. All x together are then distributed like data + sigma n at every sigma, and
+# at 0 like the data. Why: (D - x) / sigma^2 is the score (EDM, Eq. 1 and 3).
+#
+# PAPER: 64 steps, or 16 and 32; "churn", fresh noise before each step, by default, and none in an
+# ablation. AMBIGUOUS: how much churn. OURS: what EDM found for ImageNet at 64 x 64.
+
+
+def sigma_steps(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """The sampler's noise levels, sigma_max to sigma_min and then 0: (steps + 1,) float64, CPU.
+
+        sigma_i = (sigma_max^(1/rho) + i / (N - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho
+
+    rho = 7 makes steps ever shorter as sigma falls: there the curve bends, there details arise.
+    """
+    i = torch.arange(steps, dtype=torch.float64)
+    high = sigma_max**(1 / rho)
+    low = sigma_min**(1 / rho)
+    sigma = (high + i / max(1, steps - 1) * (low - high))**rho
+    return torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
+
+
+def fresh_noise(x, generator):
+    """Unit normal noise in x's shape, float64. generator: one, or a list of one for each object:
+    then the noise of an object is the same however many others are made beside it."""
+    if not isinstance(generator, list):
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+    if len(generator) != len(x):
+        raise ValueError(f"{len(generator)} generators for {len(x)} objects")
+    rows = []
+    for one in generator:
+        rows.append(torch.randn(x.shape[1:], generator=one, dtype=torch.float64))
+    return torch.stack(rows).to(x.device)
+
+
+@torch.no_grad()
+def edm_sampler(denoise, noise, steps, S_churn=40, S_min=0.05, S_max=50, S_noise=1.003,
+                sigma_min=0.002, sigma_max=80, rho=7, generator=None, watch=None):
+    """EDM's Algorithm 2: Heun's second-order steps along the curve, with churn or without.
+
+    denoise  any callable (x float64, sigma a float) -> clean guess D, as x
+    noise    (B, ...) unit normal, scaled by sigma_max in here       steps  N of the schedule
+    S_churn, S_min, S_max, S_noise   how much churn, between which sigmas, of which deviation
+    generator of the churn, see fresh_noise; watch, if not None, is called with (step, sigma, D)
+    returns  samples as noise, float64
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    sigmas = sigma_steps(steps, sigma_min, sigma_max, rho).tolist()     # no waiting for a GPU
+    x_next = noise.double() * sigmas[0]
+    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+        x_hat, sigma_hat = x_next, sigma
+        if S_churn > 0 and S_min <= sigma <= S_max:
+            # Churn: a little back up, with fresh noise, which buries the errors made so far. At
+            # most by sqrt(2): then as much noise comes in as was there, for variances add up.
+            gamma = min(S_churn / steps, math.sqrt(2) - 1)
+            sigma_hat = sigma * (1 + gamma)
+            added = math.sqrt(sigma_hat**2 - sigma**2)
+            x_hat = x_hat + added * S_noise * fresh_noise(x_hat, generator)
+
+        # Euler: straight on, along the slope at sigma_hat.
+        denoised = denoise(x_hat, sigma_hat)
+        if watch is not None:
+            watch(i, sigma_hat, denoised)
+        slope = (x_hat - denoised) / sigma_hat                          # dx/dsigma
+        x_next = x_hat + (sigma_next - sigma_hat) * slope
+
+        # Heun: once more, along the mean of the slopes at both ends. At sigma 0 there is none.
+        if sigma_next > 0:
+            slope_next = (x_next - denoise(x_next, sigma_next)) / sigma_next
+            x_next = x_hat + (sigma_next - sigma_hat) * (slope + slope_next) / 2
+    return x_next
+
+
+@torch.no_grad()
+def ema_update(average, model, step, half_life):
+    """average <- decay average + (1 - decay) model, decay = 0.5^(1 / half_life), in steps.
+
+    The average draws the samples: each step pulls the weights towards its own few latents, and over
+    many steps these pulls cancel. Early on the half-life is at most a tenth of the steps so far, or
+    the random start would linger.
+    """
+    half_life = min(half_life, 0.1 * step)
+    decay = 0.5 ** (1 / max(half_life, 1e-8))
+    for averaged, current in zip(average.parameters(), model.parameters()):
+        averaged.lerp_(current, 1 - decay)
+
+
+# ---- F: ADM's U-Net in 3D (App. B.2) ------------------------------------------------------------
+#
+# Time runs from left to right; here side 8, two sides, depth 2. Each `block` of the right half is
+# also handed what one module of the left half has made (skip connections), the latest first:
+#
+#     8^3   first  block  block                                       block  block  block  last
+#     4^3                        down  block  block   middle  middle  block  block  block  up
+
+
+class UNet3D(nn.Module):
+    """F(x; c_noise). x (B, C, s, s, s), c_noise (B,) -> as x. Arguments: see Denoiser."""
+
+    def __init__(self, latent_shape, channels, multipliers, depth, attention):
+        super().__init__()
+        c_latent, side, _, _ = latent_shape
+        lowest = len(multipliers) - 1                      # levels: 0 is the full side
+        if side % 2**lowest != 0:
+            raise ValueError(f"a latent of side {side} cannot be halved {lowest} times")
+        widths = [channels * multiplier for multiplier in multipliers]
+        attends = [(side // 2**level) in attention for level in range(len(widths))]
+        c_emb = 4 * channels
+        self.channels = channels
+        self.embed = nn.Sequential(nn.Linear(channels, c_emb), nn.SiLU(),
+                                   nn.Linear(c_emb, c_emb), nn.SiLU())
+        c = widths[0]                                      # width of x on its way
+        self.first = nn.Conv3d(c_latent, c, 3, padding=1)
+        skips = [c]                                        # widths of what will be handed over
+        self.encoder = nn.ModuleList()
+        for level, width in enumerate(widths):
+            if level > 0:
+                self.encoder.append(UNetBlock(c, c, c_emb, resample=nn.AvgPool3d(2)))
+                skips.append(c)
+            for _ in range(depth):
+                self.encoder.append(UNetBlock(c, width, c_emb, attends[level]))
+                c = width
+                skips.append(c)
+        self.middle = nn.ModuleList([UNetBlock(c, c, c_emb, attends[lowest]),
+                                     UNetBlock(c, c, c_emb)])
+        self.decoder = nn.ModuleList()                     # a list of blocks for each level
+        self.ups = nn.ModuleList()                         # and a block between two levels
+        for level in range(lowest, -1, -1):
+            if level < lowest:
+                self.ups.append(UNetBlock(c, c, c_emb, resample=nn.Upsample(scale_factor=2)))
+            blocks = nn.ModuleList()
+            for _ in range(depth + 1):
+                blocks.append(UNetBlock(c + skips.pop(), widths[level], c_emb, attends[level]))
+                c = widths[level]
+            self.decoder.append(blocks)
+        self.last = nn.Sequential(group_norm(c), nn.SiLU(),
+                                  zero_init(nn.Conv3d(c, c_latent, 3, padding=1)))
+
+    def forward(self, x, c_noise):
+        return self.walk(x, self.embed_noise(c_noise))
+
+    def embed_noise(self, c_noise):
+        """c_noise (B,) -> emb (B, c_emb): its cosines and sines, through two layers."""
+        # OURS: c_noise = ln(sigma)/4 runs from -1.6 to 1.1. ADM's sinusoids were made for step
+        # numbers up to 1000; the frequencies here go from 1/4 to 64 instead of from 1e-4 to 1.
+        freqs = torch.logspace(-2, 6, self.channels // 2, base=2, dtype=c_noise.dtype,
+                               device=c_noise.device)
+        angles = c_noise[:, None] * freqs                                   # (B, channels / 2)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1)              # (B, channels)
+        return self.embed(waves)
+
+    def walk(self, x, told):
+        """x through all blocks. told: what each is told beside its x, here the noise embedding."""
+        x = self.first(x)
+        skips = [x]
+        for block in self.encoder:
+            x = block(x, told)
+            skips.append(x)
+        for block in self.middle:
+            x = block(x, told)
+        for i, blocks in enumerate(self.decoder):
+            if i > 0:
+                x = self.ups[i - 1](x, told)
+            for block in blocks:
+                x = torch.cat([x, skips.pop()], dim=1)
+                x = block(x, told)
+        return self.last(x)
+
+
+class UNetBlock(nn.Module):
+    """ADM's residual block, which is told the noise level; then self-attention, if `attention`.
+
+    x (B, c_in, s, s, s), emb (B, c_emb) -> (B, c_out, s', s', s'): side s' is what the module
+    `resample` makes of s.
+    """
+
+    def __init__(self, c_in, c_out, c_emb, attention=False, resample=None):
+        super().__init__()
+        self.norm1 = group_norm(c_in)
+        self.conv1 = nn.Conv3d(c_in, c_out, 3, padding=1)
+        self.norm2 = group_norm(c_out)
+        self.conv2 = zero_init(nn.Conv3d(c_out, c_out, 3, padding=1))
+        self.affine = nn.Linear(c_emb, 2 * c_out)
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv3d(c_in, c_out, 1)
+        self.resample = nn.Identity() if resample is None else resample
+        self.attention = SelfAttention(c_out) if attention else nn.Identity()
+
+    def forward(self, x, emb):
+        h = silu(self.norm1(x))
+        h = self.conv1(self.resample(h))                                    # (B, c_out, s', s', s')
+        steer = self.affine(emb)[:, :, None, None, None]                    # (B, 2 c_out, 1, 1, 1)
+        scale, shift = steer.chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift            # the noise level steers every channel
+        h = self.conv2(silu(h))
+        return self.attention(self.skip(self.resample(x)) + h)
+
+
+class SelfAttention(nn.Module):
+    """Every voxel looks at every other: x + proj(softmax(q k^T / sqrt(c)) v). x (B, C, s, s, s)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.heads = max(1, channels // 64)                # c = 64 channels a head, as in ADM
+        if channels % self.heads != 0:
+            raise ValueError(f"attention: {self.heads} heads do not divide {channels} channels")
+        self.norm = group_norm(channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_kv = nn.Linear(channels, 2 * channels)
+        self.proj = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x):
+        voxels = self.norm(x).flatten(2).transpose(1, 2)                    # (B, s^3, C)
+        q = self.to_q(voxels)
+        k, v = self.to_kv(voxels).chunk(2, dim=-1)
+        seen = scaled_dot_product_attention(self.split(q), self.split(k), self.split(v))
+        return x + self.merge(seen, x.shape)
+
+    def split(self, sequence):
+        """(B, n, C) -> (B, heads, n, c): every head has its own share of the channels."""
+        return sequence.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def merge(self, seen, shape):
+        """(B, heads, s^3, c) -> the heads side by side, through proj, as (B, C, s, s, s)."""
+        seen = seen.transpose(1, 2).flatten(2)                              # (B, s^3, C)
+        return self.proj(seen).transpose(1, 2).reshape(shape)
+
+
+def group_norm(channels):
+    """EDM's group norm: 32 groups, or fewer, so that each has at least 4 channels.
+
+    TRAP: a group of one channel loses that channel's mean and scale: what a layer says with them,
+    the next cannot hear, and at 1^3 that is all. In a group of several, channels still differ.
+    """
+    groups = max(1, min(32, channels // 4))
+    while channels % groups != 0:                          # OURS: EDM's widths always divide
+        groups -= 1
+    return nn.GroupNorm(groups, channels)
 
 
 def zero_init(layer):
@@ -30,152 +372,165 @@ def zero_init(layer):
     return layer
 
 
-class GroupNorm(nn.GroupNorm):
-    """The same for a group of one single value, too (32 channels at 1^3), which torch refuses where
-    there is one sample, and which becomes 0."""
+# ==== Second reading: text (Sec. 3.3, App. B.2) ==================================================
+#
+# Shapes: T tokens of a prompt.
 
-    def forward(self, x):
-        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+import re   # noqa: E402
+
+from data import BadInput   # noqa: E402
+
+# ---- The U-Net that hears text ------------------------------------------------------------------
 
 
-def group_norm(channels):
-    return GroupNorm(math.gcd(32, channels), channels)
+class CrossAttention(SelfAttention):
+    """Every voxel looks at every token of the text: q from x, k and v from the tokens."""
+
+    def __init__(self, channels, context_dim):
+        super().__init__(channels)
+        self.to_kv = nn.Linear(context_dim, 2 * channels)
+
+    def forward(self, x, tokens, mask):
+        """tokens (B, T, context_dim), mask (B, T), True for real ones."""
+        voxels = self.norm(x).flatten(2).transpose(1, 2)                    # (B, s^3, C)
+        q = self.to_q(voxels)
+        k, v = self.to_kv(tokens).chunk(2, dim=-1)                          # (B, T, C)
+        may_see = mask[:, None, None, :]                                    # (B, 1, 1, T)
+        seen = scaled_dot_product_attention(self.split(q), self.split(k), self.split(v),
+                                            attn_mask=may_see)
+        return x + self.merge(seen, x.shape)
 
 
-class UNetBlock(nn.Module):
-    """ADM's residual block: x, noise embedding -> x, at the same, half or twice the side.
+class TextBlock(nn.Module):
+    """A block of the U-Net, and, if it has self-attention, cross-attention after that.
 
-    x (B, c_in, D, H, W), emb (B, c_emb) -> (B, c_out, D', H', W'); resample None, "down" or "up"
+    transformer_depth counts such pairs, (self, cross), (self, cross), ...: PAPER: 1; 2 on
+    Objaverse. The first pair's self-attention is the block's own.
     """
 
-    def __init__(self, c_in, c_out, c_emb, resample=None, dropout=0.0):
+    def __init__(self, block, context_dim, transformer_depth):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), nn.Conv3d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(c_out), zero_init(nn.Conv3d(c_out, c_out, 3, padding=1))
-        self.affine = nn.Linear(c_emb, 2 * c_out)
-        self.skip = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
-        self.resample = {None: lambda x: x, "down": lambda x: F.avg_pool3d(x, 2),
-                         "up": lambda x: F.interpolate(x, scale_factor=2, mode="nearest")}[resample]
+        self.block = block
+        self.self_attention = nn.ModuleList()          # of the second pair, the third, ...
+        self.cross_attention = nn.ModuleList()         # of all pairs
+        if not isinstance(block.attention, SelfAttention):
+            return
+        channels = block.conv2.out_channels
+        for pair in range(transformer_depth):
+            if pair > 0:
+                self.self_attention.append(SelfAttention(channels))
+            self.cross_attention.append(CrossAttention(channels, context_dim))
 
-    def forward(self, x, emb):
-        h = self.conv1(self.resample(F.silu(self.norm1(x))))
-        scale, shift = self.affine(emb)[..., None, None, None].chunk(2, 1)     # (B, c_out, 1, 1, 1)
-        h = F.silu(self.norm2(h) * (1 + scale) + shift)       # the noise level steers every channel
-        return self.skip(self.resample(x)) + self.conv2(self.dropout(h))
-
-
-class Attention(nn.Module):
-    """x + proj(attention(q from x, k and v from x or from the text)).
-
-    x (B, C, D, H, W); context (B, T, c_context) and mask (B, T), True for real tokens, or None
-    """
-
-    def __init__(self, channels, c_context=None, head_channels=64):
-        super().__init__()
-        self.heads = max(1, channels // head_channels)
-        self.norm = group_norm(channels)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_kv = nn.Linear(c_context or channels, 2 * channels)
-        self.proj = zero_init(nn.Linear(channels, channels))
-
-    def forward(self, x, context=None, mask=None):
-        tokens = self.norm(x).flatten(2).transpose(1, 2)                          # (B, DHW, C)
-        k, v = self.to_kv(tokens if context is None else context).chunk(2, -1)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)              # (B, heads, ., c)
-                   for y in (self.to_q(tokens), k, v))
-        mask = None if mask is None else mask[:, None, None]                      # (B, 1, 1, T)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        return x + self.proj(out).transpose(1, 2).reshape(x.shape)
-
-
-class Stage(nn.Module):
-    """One residual block, then `layers` times self-attention and, given text, cross-attention."""
-
-    def __init__(self, c_in, c_out, c_emb, layers, c_context, resample=None, dropout=0.0):
-        super().__init__()
-        self.block = UNetBlock(c_in, c_out, c_emb, resample, dropout)
-        self.self_attention = nn.ModuleList(Attention(c_out) for _ in range(layers))
-        self.cross_attention = nn.ModuleList(
-            Attention(c_out, c_context) for _ in range(layers if c_context else 0))
-        self.takes_skip = False
-
-    def forward(self, x, emb, context, mask):
+    def forward(self, x, told):
+        emb, tokens, mask = told
         x = self.block(x, emb)
-        for i, attention in enumerate(self.self_attention):
-            x = attention(x)
-            if self.cross_attention:
-                x = self.cross_attention[i](x, context, mask)
+        for pair, cross_attention in enumerate(self.cross_attention):
+            if pair > 0:
+                x = self.self_attention[pair - 1](x)
+            x = cross_attention(x, tokens, mask)
         return x
 
 
-class UNet3D(nn.Module):
-    """F(x; c_noise, text): ADM's encoder, middle and decoder with skip connections.
+class TextDenoiser(Denoiser):
+    """D(x; sigma, text): a Denoiser each of whose blocks is told the text, too.
 
-    x (B, C, D, H, W), c_noise (B,) -> (B, C, D, H, W). Arguments: see Denoiser.
+    context_dim        width of the text's tokens
+    transformer_depth  pairs of self- and cross-attention in a block
+    vocabulary         words of a WordEncoder of its own, which is `text`; empty: `text` is None,
+                       and the tokens are made elsewhere (T5Encoder)
+    denoiser           the other arguments of Denoiser
     """
 
-    def __init__(self, latent_channels, side, channels, multipliers, depth, attention, c_context,
-                 transformer_depth, dropout):
-        super().__init__()
-        c_emb, widths = 4 * channels, [channels * m for m in multipliers]
-        if side % (1 << (len(widths) - 1)):
-            raise ValueError(f"a latent of side {side} cannot be halved {len(widths) - 1} times")
-        self.channels = channels
-        self.embed = nn.Sequential(nn.Linear(channels, c_emb), nn.SiLU(),
-                                   nn.Linear(c_emb, c_emb), nn.SiLU())
+    def __init__(self, latent_shape, *, context_dim, transformer_depth=1, vocabulary=(),
+                 **denoiser):
+        super().__init__(latent_shape, **denoiser)
+        if transformer_depth < 1:
+            raise ValueError(f"transformer_depth {transformer_depth}: text needs at least 1")
+        self.context_dim = context_dim
+        hearing = 0
+        for blocks in (self.unet.encoder, self.unet.middle, self.unet.ups, *self.unet.decoder):
+            for i, block in enumerate(blocks):
+                blocks[i] = TextBlock(block, context_dim, transformer_depth)
+                hearing += len(blocks[i].cross_attention)
+        if hearing == 0:
+            raise ValueError("text is heard where there is attention, but no side has any")
+        self.text = WordEncoder(vocabulary, context_dim) if vocabulary else None
 
-        def stage(c_in, c_out, level, resample=None):
-            layers = transformer_depth if side >> level in attention and not resample else 0
-            return Stage(c_in, c_out, c_emb, layers, c_context, resample, dropout)
+    @classmethod
+    def from_settings(cls, settings, latent_shape, vocabulary=()):
+        """The same as Denoiser's. vocabulary: see above."""
+        return cls(latent_shape,
+                   channels=settings.unet_channels,
+                   multipliers=settings.unet_multipliers,
+                   depth=settings.unet_depth,
+                   attention=settings.unet_attention,
+                   sigma_data=settings.sigma_data,
+                   context_dim=settings.context_dim,
+                   transformer_depth=settings.transformer_depth,
+                   vocabulary=vocabulary)
 
-        c = widths[0]
-        self.first = nn.Conv3d(latent_channels, c, 3, padding=1)
-        self.encoder, skips = nn.ModuleList(), [c]
-        for level, width in enumerate(widths):
-            if level > 0:
-                self.encoder.append(stage(c, c, level, "down"))
-                skips.append(c)
-            for _ in range(depth):
-                self.encoder.append(stage(c, width, level))
-                c = width
-                skips.append(c)
-        self.middle = nn.ModuleList(
-            Stage(c, c, c_emb, layers, c_context, dropout=dropout)
-            for layers in (transformer_depth, 0))
-        self.decoder = nn.ModuleList()
-        for level, width in reversed(list(enumerate(widths))):
-            for _ in range(depth + 1):
-                self.decoder.append(stage(c + skips.pop(), width, level))
-                self.decoder[-1].takes_skip = True
-                c = width
-            if level > 0:
-                self.decoder.append(stage(c, c, level - 1, "up"))
-        self.last = nn.Sequential(group_norm(c), nn.SiLU(),
-                                  zero_init(nn.Conv3d(c, latent_channels, 3, padding=1)))
+    def forward(self, x, sigma, tokens, mask):
+        """x and sigma as in Denoiser; tokens (B, T, context_dim), mask (B, T) -> as x."""
+        if tokens.shape != (*mask.shape, self.context_dim) or len(mask) != len(x):
+            raise ValueError(f"tokens must be ({len(x)}, T, {self.context_dim}) and mask "
+                             f"({len(x)}, T), got {tuple(tokens.shape)} and {tuple(mask.shape)}")
 
-    def forward(self, x, c_noise, context=None, mask=None):
-        """x (B, C, D, H, W), c_noise (B,), context (B, T, c_context), mask (B, T) -> as x."""
-        # OURS: c_noise = ln(sigma)/4 runs from -1.6 to 1.1. ADM's sinusoids were made for step
-        # numbers up to 1000; the frequencies here go from 1/4 to 64 instead of from 1e-4 to 1.
-        freqs = torch.logspace(-2, 6, self.channels // 2, base=2, device=x.device, dtype=x.dtype)
-        angles = c_noise[:, None] * freqs                                       # (B, channels / 2)
-        emb = self.embed(torch.cat([angles.cos(), angles.sin()], 1))            # (B, c_emb)
-        x = self.first(x)
-        skips = [x]
-        for stage in self.encoder:
-            x = stage(x, emb, context, mask)
-            skips.append(x)
-        for stage in self.middle:
-            x = stage(x, emb, context, mask)
-        for stage in self.decoder:
-            if stage.takes_skip:
-                x = torch.cat([x, skips.pop()], 1)
-            x = stage(x, emb, context, mask)
-        return self.last(x)
+        def network(x, c_noise):
+            emb = self.unet.embed_noise(c_noise)
+            return self.unet.walk(x, (emb, tokens, mask))
+
+        return self.precondition(network, x, sigma)
 
 
-# ---- Text (Sec. 3.3, App. B.2): two encoders, one interface -------------------------------------
+def build_denoiser(settings, latent_shape, vocabulary=()):
+    """A TextDenoiser if the settings ask for text, else a Denoiser."""
+    if settings.text:
+        return TextDenoiser.from_settings(settings, latent_shape, vocabulary)
+    return Denoiser.from_settings(settings, latent_shape)
+
+
+# ---- Guidance -----------------------------------------------------------------------------------
+
+
+def guided(denoiser, context, null, weight):
+    """Classifier-free guidance: D(x) = D(x | null) + weight (D(x | text) - D(x | null)).
+
+    PAPER: weight 3: further from what any object might be, towards what this text says, than the
+    denoiser alone would go. Weight 1 is D(x | text), 0 is D(x | null).
+
+    denoiser       a TextDenoiser that was trained with some captions left out, too
+    context, null  (tokens, mask) of the prompts and of "", each of one prompt or of B
+    returns        a callable (x, sigma a number) -> as x, for edm_sampler
+    """
+    def denoise(x, sigma):
+        tokens, mask = repeated(context, len(x))
+        null_tokens, null_mask = repeated(null, len(x))
+        if weight == 1:
+            return denoiser(x, sigma, tokens, mask)
+        if weight == 0:
+            return denoiser(x, sigma, null_tokens, null_mask)
+        # Both go through the network side by side, as 2B objects.
+        all_tokens = torch.cat([tokens, null_tokens])
+        all_masks = torch.cat([mask, null_mask])
+        both = denoiser(torch.cat([x, x]), sigma, all_tokens, all_masks)
+        with_text, without = both.chunk(2)
+        return without + weight * (with_text - without)
+
+    return denoise
+
+
+def repeated(text, n):
+    """(tokens, mask) of one prompt, or of n -> of n."""
+    tokens, mask = text
+    return tokens.expand(n, -1, -1), mask.expand(n, -1)
+
+
+# ---- Text encoders: two, with one interface -----------------------------------------------------
+#
+#     tokens, mask = encoder(prompts)     B strings -> tokens (B, 32, width), 0 where padded;
+#                                         mask (B, 32), True for real ones
+#     encoder.width                       of the tokens
+#     encoder.unknown(prompt)             its words that will not be heard
 
 TOKENS = 32                      # PAPER: a prompt is 32 tokens, the rest of them padding
 
@@ -195,8 +550,11 @@ class WordEncoder(nn.Module):
 
     def __init__(self, vocabulary, width, layers=2):
         super().__init__()
-        self.width, self.number = width, {word: i + 1 for i, word in enumerate(vocabulary)}
-        self.embed = nn.Embedding(len(vocabulary) + 1, width)         # row 0: the first token
+        self.width = width
+        self.number = {}                                   # of each word; 0 is the first token
+        for word in vocabulary:
+            self.number[word] = len(self.number) + 1
+        self.embed = nn.Embedding(len(vocabulary) + 1, width)
         self.place = nn.Parameter(0.1 * torch.randn(TOKENS, width))
         layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True,
                                            norm_first=True)
@@ -206,20 +564,32 @@ class WordEncoder(nn.Module):
         """Its words that no caption had: they are left out."""
         return [word for word in words(prompt) if word not in self.number]
 
+    def read(self, prompt):
+        """Numbers of its tokens, at most 32."""
+        numbers = [0]
+        for word in words(prompt):
+            if word in self.number:
+                numbers.append(self.number[word])
+        return numbers[:TOKENS]
+
     def forward(self, prompts):
-        """B prompts -> tokens (B, 32, width), 0 where padded; mask (B, 32), True for real ones."""
-        rows = [[0] + [self.number[w] for w in words(p) if w in self.number] for p in prompts]
-        device = self.place.device
-        mask = torch.tensor([[i < len(row) for i in range(TOKENS)] for row in rows], device=device)
-        rows = torch.tensor([(row + [0] * TOKENS)[:TOKENS] for row in rows], device=device)
-        x = self.layers(self.embed(rows) + self.place, src_key_padding_mask=~mask)
+        rows, real = [], []
+        for prompt in prompts:
+            numbers = self.read(prompt)
+            n_padding = TOKENS - len(numbers)
+            rows.append(numbers + [0] * n_padding)
+            real.append([True] * len(numbers) + [False] * n_padding)
+        rows = torch.tensor(rows, device=self.place.device)                 # (B, 32)
+        mask = torch.tensor(real, device=self.place.device)                 # (B, 32)
+        x = self.embed(rows) + self.place                                   # (B, 32, width)
+        x = self.layers(x, src_key_padding_mask=~mask)
         return x * mask[..., None], mask
 
 
 class T5Encoder:
     """PAPER: frozen T5 (T5-11B: width 1024), from a local folder in transformers' layout.
 
-    Same interface as WordEncoder; needs the package transformers, which is imported only here.
+    Needs the package transformers, which is imported only here. Raises BadInput.
     """
 
     def __init__(self, folder, device="cpu"):
@@ -235,163 +605,18 @@ class T5Encoder:
             raise BadInput(f"--t5 {folder}: not a T5 in transformers' layout, e.g. a clone of "
                            f"google-t5/t5-11b ({type(error).__name__})") from None
         self.model.to(device).eval().requires_grad_(False)
-        self.device, self.width = device, self.model.config.d_model
+        self.device = device
+        self.width = self.model.config.d_model
 
     def unknown(self, prompt):
         return []                            # it spells what it does not know
 
     @torch.no_grad()
     def __call__(self, prompts):
-        """B prompts -> tokens (B, 32, width), 0 where padded; mask (B, 32), True for real ones."""
         # An empty prompt is one token, the end: something to attend to.
         ids = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=TOKENS,
-                             return_tensors="pt").to(self.device)
-        mask = ids["attention_mask"].bool()
-        return self.model(**ids).last_hidden_state * mask[..., None], mask
-
-
-# ---- Preconditioning and loss (EDM, Table 1) ----------------------------------------------------
-
-
-def preconditioning(sigma, sigma_data):
-    """c_skip, c_out, c_in, c_noise for noise levels sigma (any shape), same shape each.
-
-    Chosen so that input and target of the network have unit variance at every sigma.
-    """
-    total = sigma**2 + sigma_data**2
-    return (sigma_data**2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt(),
-            sigma.log() / 4)
-
-
-class Denoiser(nn.Module):
-    """D(x; sigma): the expected clean latent, given a noisy one.
-
-    latent_channels, side  shape of the latents (256, 8)
-    channels, multipliers  the U-Net's width (128) and its factor per resolution ((3, 4))
-    depth                  residual blocks per resolution (2; 3 with text)
-    attention              sides with self- (and cross-) attention ((8, 4))
-    context_dim            width of the text tokens; 0: no text, no cross-attention
-    transformer_depth      attention layers after each block (1; 2 for Objaverse)
-    sigma_data             standard deviation of normalized latents (0.5)
-    vocabulary             words of a WordEncoder of its own; empty: none
-    """
-
-    def __init__(self, latent_channels, side, channels=128, multipliers=(3, 4), depth=2,
-                 attention=(8, 4), context_dim=0, transformer_depth=1, sigma_data=0.5, dropout=0.0,
-                 vocabulary=()):
-        super().__init__()
-        self.text = WordEncoder(vocabulary, context_dim) if context_dim and vocabulary else None
-        self.sigma_data, self.context_dim = sigma_data, context_dim
-        self.unet = UNet3D(latent_channels, side, channels, multipliers, depth, attention,
-                           context_dim, transformer_depth, dropout)
-
-    def forward(self, x, sigma, context=None, mask=None):
-        """x (B, C, D, H, W), sigma scalar or (B,), context (B, T, context_dim) or None -> as x."""
-        if x.ndim != 5:
-            raise ValueError(f"x must be (B, C, D, H, W), got {tuple(x.shape)}")
-        if (context is not None) != bool(self.context_dim):
-            raise ValueError("context must be given if, and only if, context_dim is not 0")
-        dtype = self.unet.first.weight.dtype               # states may be float64, the net is not
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
-        c_skip, c_out, c_in, c_noise = preconditioning(sigma, self.sigma_data)
-        c_skip, c_out, c_in = (c[:, None, None, None, None] for c in (c_skip, c_out, c_in))
-        raw = self.unet((c_in * x).to(dtype), c_noise.to(dtype), context, mask)
-        return c_skip * x + c_out * raw.to(x.dtype)
-
-
-def edm_loss(denoise, x, generator=None, P_mean=-1.2, P_std=1.2, sigma_data=0.5):
-    """EDM's training loss: mean of weight(sigma) |D(x + sigma n; sigma) - x|^2.
-
-    denoise  any callable (x, sigma) -> as x       x (B, C, D, H, W) clean, normalized latents
-    ln sigma ~ N(P_mean, P_std^2); weight = (sigma^2 + sd^2) / (sigma sd)^2 = 1 / c_out^2, so that
-    every noise level starts with a loss of about 1. Returns a scalar.
-    """
-    # Drawn on the CPU, where the generator lives: the same numbers on every device.
-    normal = torch.randn(len(x), generator=generator).to(x)
-    noise = torch.randn(x.shape, generator=generator).to(x)
-    sigma = (P_mean + P_std * normal).exp()                                     # (B,)
-    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data)**2
-    error = (denoise(x + sigma[:, None, None, None, None] * noise, sigma) - x)**2
-    return (weight * error.flatten(1).mean(1)).mean()
-
-
-# ---- Sampling (EDM, Algorithm 2) ----------------------------------------------------------------
-
-
-def guided(denoiser, context, null, weight):
-    """Classifier-free guidance: D(x) = D(x | null) + weight (D(x | text) - D(x | null)).
-
-    context, null  (tokens, mask), each for one prompt of B = 1 or for every sample
-    returns a callable (x, sigma) -> as x, for edm_sampler. Weight 1 is the conditional model, 0 the
-    unconditional one, each at one call of the network; else both go through it side by side.
-    """
-    def one(x, sigma, given):
-        return denoiser(x, sigma, *(y.expand(len(x), *y.shape[1:]) for y in given))
-
-    def both(x, sigma):
-        pair = [torch.cat([a.expand(len(x), *a.shape[1:]), b.expand(len(x), *b.shape[1:])])
-                for a, b in zip(context, null)]
-        given, free = denoiser(torch.cat([x, x]), sigma, *pair).chunk(2)
-        return free + weight * (given - free)
-
-    if weight in (0, 1):
-        return lambda x, sigma: one(x, sigma, context if weight == 1 else null)
-    return both
-
-
-def sigma_steps(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """Noise levels of the sampler, from sigma_max to sigma_min and then 0: (steps + 1,) float64."""
-    i = torch.arange(steps, dtype=torch.float64)
-    high, low = sigma_max**(1 / rho), sigma_min**(1 / rho)
-    sigma = (high + i / max(1, steps - 1) * (low - high))**rho
-    return torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
-
-
-@torch.no_grad()
-def edm_sampler(denoise, noise, steps, sigma_min=0.002, sigma_max=80, rho=7, S_churn=0,
-                S_min=0, S_max=float("inf"), S_noise=1, generator=None, watch=None):
-    """EDM's Algorithm 2: Heun's second-order steps, with churn (S_churn > 0) or without.
-
-    denoise  any callable (x, sigma) -> expected clean x, with x in float64, sigma a 0-d tensor
-    noise    (B, ...) unit normal, scaled by sigma_max in here      steps  the N of the schedule
-    S_churn, S_min, S_max, S_noise   as in EDM: fresh noise added before each step
-    generator of that noise: one for all, or a list of one for each sample
-    watch    called with (step, sigma, denoised estimate) on the way, to draw it
-    returns  samples as noise, float64
-    """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    sigmas = sigma_steps(steps, sigma_min, sigma_max, rho).to(noise.device)
-
-    def fresh():
-        if isinstance(generator, list):
-            return torch.stack([torch.randn(noise.shape[1:], generator=one, dtype=torch.float64)
-                                for one in generator]).to(noise.device)
-        return torch.randn(noise.shape, generator=generator, dtype=torch.float64).to(noise.device)
-
-    x_next = noise.double() * sigmas[0]
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
-        gamma = min(S_churn / steps, math.sqrt(2) - 1) if S_min <= sigma <= S_max else 0.0
-        sigma_hat, x_hat = sigma * (1 + gamma), x_next
-        if gamma > 0:                               # churn: a little back up, with fresh noise
-            x_hat = x_hat + (sigma_hat**2 - sigma**2).sqrt() * S_noise * fresh()
-        denoised = denoise(x_hat, sigma_hat)
-        if watch is not None:
-            watch(i, sigma_hat, denoised)
-        slope = (x_hat - denoised) / sigma_hat
-        x_next = x_hat + (sigma_next - sigma_hat) * slope                   # Euler
-        if sigma_next > 0:                                                  # Heun's correction
-            slope_next = (x_next - denoise(x_next, sigma_next)) / sigma_next
-            x_next = x_hat + (sigma_next - sigma_hat) * (slope + slope_next) / 2
-    return x_next
-
-
-@torch.no_grad()
-def ema_update(average, model, step, half_life):
-    """average <- decay average + (1 - decay) model, decay = 0.5^(1 / half_life), in steps.
-
-    Early on the half-life is at most a tenth of the steps so far, or the random start would linger.
-    """
-    decay = 0.5 ** (1 / max(1e-8, min(half_life, 0.1 * step)))
-    for a, b in zip(average.parameters(), model.parameters()):
-        a.lerp_(b, 1 - decay)
+                             return_tensors="pt")
+        ids = ids.to(self.device)
+        mask = ids["attention_mask"].bool()                                 # (B, 32)
+        tokens = self.model(**ids).last_hidden_state                        # (B, 32, width)
+        return tokens * mask[..., None], mask

@@ -1,54 +1,466 @@
-"""Volumes and cameras go in; pictures of colour, occupancy, depth and normals come out.
+"""Volumes and cameras go in; pictures of colour and occupancy come out.
 
-Paper: Sec. 3.1, Eq. 6 (colour) and Eq. 7 (occupancy): emission-absorption along every ray, with
-colour and density interpolated trilinearly from the decoder's voxel grids. There is no MLP per
-sample, so the volume is what costs, not the ray.
+Paper: Sec. 3.1, Eq. 6 (colour) and Eq. 7 (occupancy): emission and absorption along the ray of
+each pixel. It is NeRF's renderer with the network taken out: colour and density of a sample are
+interpolated from a voxel grid, so the volume is what costs, not the ray.
 
 Conventions, for the whole project; each is held by a test in tests/test_render.py
   world        x right, y up, z towards the viewer; the object lives in the cube [-1, 1]^3
-  cam2world    (4, 4): columns are the camera's x (right), y (up), z (BACKWARDS) and its position;
+  cam2world    (4, 4): its columns are the camera's x (right), y (up), z (BACKWARDS) and position;
                the camera looks along its own -z, as in OpenGL, Blender and NeRF
-  intrinsics   (fx, fy, cx, cy) as fractions of the picture's side, so one camera serves every
+  intrinsics   (fx, fy, cx, cy) as fractions of the picture's side, so that one camera serves every
                resolution; in pixels of an S x S picture, multiply by S
-  pixels       row 0 on top, centres at half integers: pixel (i, j) is at v = (i + .5)/S and
-               u = (j + .5)/S
-  volumes      stored (C, D, H, W) = (channel, z, y, x); channel 0 density >= 0 per world unit,
-               channels 1..3 colour in [0, 1]; voxel (k, j, i) of a side-N volume has its centre at
-               x = (2 i + 1)/N - 1 and so on (grid_sample's align_corners=False: the outer voxels
-               end exactly at the faces of the cube, whatever N is)
-  background   black: light that crosses everything meets nothing
+  pixels       row 0 on top, centres at half integers: pixel (i, j) is at v = (i + 0.5) / S and
+               u = (j + 0.5) / S
+  volumes      stored (C, D, H, W) = (channel, z, y, x); channel 0 is density, >= 0 per world unit,
+               channels 1 to 3 are colour in [0, 1]; voxel (k, j, i) of a volume of side N has its
+               centre at x = (2 i + 1) / N - 1 and so on (align_corners=False: the outer voxels end
+               exactly on the faces of the cube, whatever N is)
+  background   black: a ray that meets nothing brings nothing
 
-Subjects that move are carried back first: App. B.1, inverse skinning (carry_back).
-
-Shapes: B objects, V views, P parts, R rays, S samples on a ray, C channels.
-Simplified: no empty-space skipping and no importance sampling. All S samples of a ray are spread
-evenly between the two points where it crosses the cube, which at 32^3 to 128^3 is enough.
+Shapes: B objects, V views, R = V size size rays of an object, S samples on a ray, C channels,
+        K points.
+Simplified: no empty-space skipping, no importance sampling. All S samples of a ray are spread
+evenly between the two points where it crosses the cube; for volumes of 32^3 to 128^3 they suffice.
 Read next: autodecoder.py
 """
-import math
-
 import torch
 import torch.nn.functional as F
 
-# ---- Cameras -----------------------------------------------------------------------------------
+# ---- Cameras -------------------------------------------------------------------------------------
 
 
 def orbit(azimuth, elevation, distance):
-    """Camera-to-world matrices of cameras on a sphere that look at the origin, y up.
+    """Cameras on a sphere around the origin that look at it, y up.
 
-    azimuth, elevation (...,) radians; azimuth 0 is in front (+z), pi/2 to the right (+x)
-    distance           float or (...,), world units
-    returns            (..., 4, 4)
+    azimuth, elevation  radians, floats or (...,); azimuth 0 is in front (+z), pi/2 right (+x)
+    distance            world units, float or (...,)
+    returns             cam2world (..., 4, 4)
     """
-    azimuth, elevation = torch.broadcast_tensors(*map(torch.as_tensor, (azimuth, elevation)))
-    back = torch.stack([azimuth.sin() * elevation.cos(), elevation.sin(),
-                        azimuth.cos() * elevation.cos()], -1)              # (..., 3) camera's +z
-    right = torch.stack([azimuth.cos(), torch.zeros_like(azimuth), -azimuth.sin()], -1)
+    azimuth = torch.as_tensor(azimuth)
+    elevation = torch.as_tensor(elevation, device=azimuth.device)
+    azimuth, elevation = torch.broadcast_tensors(azimuth, elevation)
+    sin_a = azimuth.sin()
+    cos_a = azimuth.cos()
+    sin_e = elevation.sin()
+    cos_e = elevation.cos()
+    zero = torch.zeros_like(sin_a)
+    back = torch.stack([sin_a * cos_e, sin_e, cos_a * cos_e], -1)      # from the origin outwards
+    right = torch.stack([cos_a, zero, -sin_a], -1)                     # level: cameras do not roll
     up = torch.linalg.cross(back, right)
-    position = back * torch.as_tensor(distance, dtype=back.dtype, device=back.device)[..., None]
-    cam2world = torch.eye(4, dtype=back.dtype, device=back.device).repeat(*azimuth.shape, 1, 1)
-    cam2world[..., :3, :] = torch.stack([right, up, back, position], -1)   # (..., 3, 4)
-    return cam2world
+    distance = torch.as_tensor(distance, dtype=back.dtype, device=back.device)
+    position = back * distance[..., None]
+    columns = torch.stack([right, up, back, position], -1)             # (..., 3, 4)
+    last_row = columns.new_tensor([0.0, 0.0, 0.0, 1.0])
+    last_row = last_row.expand(*columns.shape[:-2], 1, 4)
+    return torch.cat([columns, last_row], -2)
+
+
+def pixel_directions(intrinsics, size):
+    """What the pixels of a size x size picture look at, one unit in front of the camera.
+
+    intrinsics  (..., 4)
+    returns     (..., size, size, 3) in the CAMERA's axes, z = -1: directions, not normalized
+    """
+    pixels = torch.arange(size, dtype=intrinsics.dtype, device=intrinsics.device)
+    centres = (pixels + 0.5) / size
+    v, u = torch.meshgrid(centres, centres, indexing="ij")             # (size, size) row, column
+    fx, fy, cx, cy = intrinsics[..., None, None, :].unbind(-1)         # (..., 1, 1) each
+    x = (u - cx) / fx                                                  # (..., size, size)
+    y = -(v - cy) / fy                                                 # minus: rows count downwards
+    z = -torch.ones_like(x)
+    return torch.stack([x, y, z], -1)
+
+
+def camera_rays(cam2world, intrinsics, size):
+    """The ray o + t d through the centre of every pixel of a size x size picture.
+
+    cam2world  (..., 4, 4)     intrinsics (..., 4)
+    returns    o and d, (..., size, size, 3) each, in the world: origins, which are the camera's
+               position for all of its pixels, and unit directions, so that t is a distance
+    """
+    if cam2world.shape[-2:] != (4, 4):
+        raise ValueError(f"cam2world must end in (4, 4), got {tuple(cam2world.shape)}")
+    expected = tuple(cam2world.shape[:-2]) + (4,)
+    if intrinsics.shape != expected:
+        raise ValueError(f"intrinsics must be {expected} (fx, fy, cx, cy), "
+                         f"got {tuple(intrinsics.shape)}")
+    rotation = cam2world[..., :3, :3]
+    position = cam2world[..., :3, 3]
+    d = pixel_directions(intrinsics, size)                             # in the camera's axes
+    d = torch.einsum("...ij,...hwj->...hwi", rotation, d)              # in the world's
+    o = position[..., None, None, :].expand_as(d)
+    return o, F.normalize(d, dim=-1)
+
+
+def project(points, cam2world, intrinsics):
+    """Where points of the world appear in pictures: camera_rays the other way round.
+
+    points   (..., K, 3)     cam2world (..., 4, 4)     intrinsics (..., 4)
+    returns  uv (..., K, 2), fractions of the side (column, row), and depth (..., K) along the view
+             axis, world units, positive in front of the camera
+    """
+    rotation = cam2world[..., :3, :3]
+    position = cam2world[..., None, :3, 3]
+    # Points are rows, and rows @ R are the columns R^T p: from the world back to the camera.
+    in_camera = (points - position) @ rotation
+    x, y, z = in_camera.unbind(-1)                                     # (..., K), z < 0 in front
+    fx, fy, cx, cy = intrinsics[..., None, :].unbind(-1)               # (..., 1)
+    u = cx - fx * x / z
+    v = cy + fy * y / z
+    return torch.stack([u, v], -1), -z
+
+
+# ---- Along one ray: colour (Eq. 6) and occupancy (Eq. 7) -----------------------------------------
+
+
+def integrate(density, rgb, edges):
+    """Colour (Eq. 6) and occupancy (Eq. 7) of rays through fog, constant within each interval.
+
+    density  (..., S)    >= 0, per world unit     rgb (..., S, 3) in [0, 1]
+    edges    (..., S+1)  increasing distances that bound the S intervals, world units
+    returns  colour (..., 3) over black, occupancy (...,) in [0, 1], and weights (..., S), by which
+             each interval counts in both
+    """
+    if rgb.shape != density.shape + (3,):
+        raise ValueError(f"rgb must be {tuple(density.shape) + (3,)}, got {tuple(rgb.shape)}")
+    if edges.shape != density.shape[:-1] + (density.shape[-1] + 1,):
+        raise ValueError(f"edges must have one entry more than density {tuple(density.shape)} "
+                         f"along the ray, got {tuple(edges.shape)}")
+    # TRAP: the last interval ends where the volume ends. The 1e10 of the first NeRF code turns any
+    # trace of fog in it into a wall: an occupancy of 0.095 into 1.
+    tau = density * edges.diff(dim=-1)                  # tau_i = density_i dt_i, optical thickness
+    # TRAP: interval i is dimmed by those before it and not by itself: shift before exp.
+    tau_before = F.pad(tau.cumsum(-1)[..., :-1], (1, 0))               # (..., S), the first is 0
+    T = torch.exp(-tau_before)                          # T_i = exp(-sum_{j < i} tau_j), light left
+    stopped = -torch.expm1(-tau)                        # 1 - exp(-tau_i), without rounding to 0
+    weights = T * stopped                               # w_i = T_i (1 - exp(-tau_i))
+    colour = (weights[..., None] * rgb).sum(-2)         # C = sum_i w_i rgb_i    (Eq. 6)
+    occupancy = weights.sum(-1)                         # O = sum_i w_i          (Eq. 7)
+    return colour, occupancy, weights
+
+
+# ---- Where rays and volume meet ------------------------------------------------------------------
+
+
+def box_interval(o, d):
+    """Where rays o + t d, (..., 3) each, enter and leave the cube [-1, 1]^3.
+
+    The cube is three slabs, -1 <= x <= 1 and so on; a ray is inside while it is in all three.
+    returns near, far (...,), distances >= 0; equal, an empty interval, for a ray that misses
+    """
+    # A ray that starts on a face and runs along it would give 0 / 0: no component is left at 0.
+    d = torch.where(d.abs() < 1e-9, torch.full_like(d, 1e-9), d)
+    t_low = (-1 - o) / d                                # (..., 3) where x, y, z are -1
+    t_high = (1 - o) / d                                # (..., 3) where x, y, z are +1
+    enters = torch.minimum(t_low, t_high)
+    leaves = torch.maximum(t_low, t_high)
+    near = enters.amax(-1).clamp(min=0)                 # the last of three slabs entered
+    far = leaves.amin(-1)                               # the first of three slabs left
+    return near, torch.maximum(near, far)
+
+
+def place_samples(near, far, n_samples, generator=None):
+    """Cuts rays from near to far, (B, R) each, into S equal intervals, with a sample in each.
+
+    generator  draws where in its interval each sample lies (OURS), so that over many steps training
+               sees all of the volume; None: in the middle
+    returns    t (B, R, S) of the samples, edges (B, R, S+1) of the intervals
+    """
+    fractions = torch.linspace(0, 1, n_samples + 1, dtype=near.dtype, device=near.device)
+    span = far - near
+    edges = near[..., None] + span[..., None] * fractions              # (B, R, S+1)
+    starts = edges[..., :-1]
+    lengths = edges.diff(dim=-1)
+    if generator is None:
+        return starts + lengths * 0.5, edges
+    if near.device.type != "cpu":
+        # A GPU draws these millions of numbers itself, from a seed that the CPU's generator draws.
+        seed = torch.randint(2**62, (), generator=generator).item()
+        generator = torch.Generator(near.device).manual_seed(seed)
+    jitter = torch.rand(lengths.shape, generator=generator, dtype=near.dtype, device=near.device)
+    return starts + lengths * jitter, edges
+
+
+def sample_volume(volume, points):
+    """Trilinear interpolation: volume (B, C, D, H, W), points (B, ..., 3) -> (B, ..., C).
+
+    Around the volume there is nothing: from the centres of the outer voxels on values fade, to half
+    on a face of the cube and to 0 half a voxel outside.
+    """
+    # TRAP: grid_sample takes (x, y, z) and indexes the LAST axis with x. So volumes are stored
+    # (z, y, x). Objects that are symmetric would hide a swap.
+    grid = points.reshape(len(points), 1, 1, -1, 3)                    # (B, 1, 1, M, 3)
+    values = F.grid_sample(volume, grid, align_corners=False)          # (B, C, 1, 1, M)
+    values = values[:, :, 0, 0].transpose(1, 2)                        # (B, M, C)
+    return values.unflatten(1, points.shape[1:-1])
+
+
+# ---- A whole picture -----------------------------------------------------------------------------
+
+
+def check_volume(volume, cam2world):
+    if volume.ndim != 5 or volume.shape[1] != 4:
+        raise ValueError(f"volume must be (B, 4, D, H, W), got {tuple(volume.shape)}")
+    if len(volume) != len(cam2world):
+        raise ValueError(f"{len(volume)} volumes but cameras for {len(cam2world)} objects")
+
+
+def to_pictures(values, n_views, size):
+    """What belongs to rays becomes pixels: (B, R, C) -> (B, V, C, size, size)."""
+    values = values.unflatten(1, (n_views, size, size))
+    return values.movedim(-1, 2)
+
+
+def render(volume, cam2world, intrinsics, size, n_samples, generator=None):
+    """Pictures of each object's volume from each of its cameras.
+
+    volume     (B, 4, D, H, W)    cam2world (B, V, 4, 4)    intrinsics (B, V, 4)
+    size       side of the pictures in pixels      n_samples on a ray (PAPER: 128)
+    generator  of the CPU: jitters the samples, for training; None: they stay in the middle
+    returns    rgb (B, V, 3, size, size) over black, occupancy (B, V, 1, size, size) in [0, 1]
+    """
+    check_volume(volume, cam2world)
+    o, d = camera_rays(cam2world, intrinsics, size)                    # (B, V, size, size, 3)
+    o = o.flatten(1, 3)                                                # (B, R, 3)
+    d = d.flatten(1, 3)
+    near, far = box_interval(o, d)                                     # (B, R)
+    t, edges = place_samples(near, far, n_samples, generator)          # (B, R, S), (B, R, S+1)
+    points = o[:, :, None] + t[..., None] * d[:, :, None]              # (B, R, S, 3) o + t d
+    values = sample_volume(volume, points)                             # (B, R, S, 4)
+    density = values[..., 0]
+    rgb = values[..., 1:]
+    colour, occupancy, _ = integrate(density, rgb, edges)              # (B, R, 3), (B, R)
+    n_views = cam2world.shape[1]
+    colour = to_pictures(colour, n_views, size)
+    occupancy = to_pictures(occupancy[..., None], n_views, size)
+    return colour, occupancy
+
+
+# ==== Second reading: depth and normals; what moves ===============================================
+
+
+# ---- Depth and normals ---------------------------------------------------------------------------
+
+
+def density_gradient(density):
+    """Central differences. density (B, 1, D, H, W) -> (B, 3, D, H, W): d/dx, d/dy, d/dz."""
+    slopes = []
+    for axis in (4, 3, 2):                              # x is the last axis, z the first
+        side = density.shape[axis]
+        nothing = torch.zeros_like(density.narrow(axis, 0, 1))         # what is outside
+        padded = torch.cat([nothing, density, nothing], axis)
+        ahead = padded.narrow(axis, 2, side)
+        behind = padded.narrow(axis, 0, side)
+        slopes.append((ahead - behind) * (side / 4))    # they lie two voxels of 2 / side apart
+    return torch.cat(slopes, 1)
+
+
+def uphill(volume, points):
+    """Unit vectors towards denser fog: volume (B, C, D, H, W), points (B, R, S, 3) -> (B, R, S, 3).
+
+    Of length 1 each, so that a steep place counts no more than a gentle one in a ray's mean.
+    """
+    gradient = density_gradient(volume[:, :1])
+    return F.normalize(sample_volume(gradient, points), dim=-1)
+
+
+def depth_and_normal(t, slope, weights, occupancy):
+    """What each ray sees on average, its samples counted by what they add to the picture (Eq. 7).
+
+    t (B, R, S), slope (B, R, S, 3) unit vectors uphill, weights (B, R, S), occupancy (B, R)
+    returns depth (B, R, 1) and normal (B, R, 3), unit vectors; both 0 where a ray meets nothing
+    """
+    occupancy = occupancy[..., None]                                   # (B, R, 1)
+    depth = (weights * t).sum(-1, keepdim=True) / occupancy.clamp(min=1e-3)
+    # Density grows into the object: the outside is downhill.
+    normal = F.normalize(-(weights[..., None] * slope).sum(-2), dim=-1)
+    empty = occupancy <= 1e-3
+    return depth.masked_fill(empty, 0), normal.masked_fill(empty, 0)
+
+
+def render_geometry(volume, cam2world, intrinsics, size, n_samples):
+    """Like render, and what is to be seen of the shape. Same arguments.
+
+    returns a dict of (B, V, C, size, size): rgb (C = 3), occupancy (1), and
+      depth (1)   mean distance along the ray from the camera, world units, 0 where nothing is hit
+      normal (3)  unit vectors in the world that point out of the object, 0 where nothing is hit
+    """
+    # The lines of render; here t, points and weights are needed, too.
+    check_volume(volume, cam2world)
+    o, d = camera_rays(cam2world, intrinsics, size)
+    o = o.flatten(1, 3)
+    d = d.flatten(1, 3)
+    near, far = box_interval(o, d)
+    t, edges = place_samples(near, far, n_samples)
+    points = o[:, :, None] + t[..., None] * d[:, :, None]
+    values = sample_volume(volume, points)
+    density = values[..., 0]
+    rgb = values[..., 1:]
+    colour, occupancy, weights = integrate(density, rgb, edges)
+    slope = uphill(volume, points)
+    depth, normal = depth_and_normal(t, slope, weights, occupancy)
+    n_views = cam2world.shape[1]
+    return {
+        "rgb": to_pictures(colour, n_views, size),
+        "occupancy": to_pictures(occupancy[..., None], n_views, size),
+        "depth": to_pictures(depth, n_views, size),
+        "normal": to_pictures(normal, n_views, size),
+    }
+
+
+# ---- What moves: inverse skinning (App. B.1, Eq. 8 inverted) -------------------------------------
+# A subject is P rigid parts (P: parts, in the shapes below) in one canonical volume, at rest. In a
+# frame, part p has moved by R_p, t_p. Eq. 8 carries a canonical point x_c into the frame:
+#
+#     x_d = sum_p w_p(x_c) (R_p x_c + t_p)
+#
+# A renderer has its samples x_d in the frame and wants x_c, but w_p is a function of x_c: Eq. 8
+# would have to be solved for every sample. PAPER: an approximation, in the manner of HumanNeRF:
+#
+#     x_p = R_p^-1 (x_d - t_p)          x_d carried back as if it were of part p
+#     w_p = softmax_p V_lbs,p(x_p)      how much part p claims it, asked AT x_p
+#     x_c = sum_p w_p x_p               where density and colour are read
+#
+# R_p and t_p are within the cameras: seen from a part that has moved, the part stands still and the
+# camera has moved the other way. So cam2world is (B, V, P, 4, 4), the camera as each part sees it;
+# part p has rays o_p + t d_p of its own, and x_p lies on them where x_d lies on the frame's: at t.
+
+
+def around_parts(near, far):
+    """From where a ray enters the first part's cube to where it leaves the last one's.
+
+    near, far (B, P, R) of each part's own ray -> (B, R); equal where no part's cube is met
+    """
+    missed = near >= far
+    near = near.masked_fill(missed, torch.inf).amin(1)
+    far = far.masked_fill(missed, 0).amax(1)
+    return torch.minimum(near, far), far
+
+
+def sample_skin(skin, x):
+    """V_lbs,p(x_p), how much part p claims each sample, read where p sees the sample.
+
+    skin (B, P, D, H, W), x (B, P, R, S, 3) -> logits (B, P, R, S)
+    """
+    B, P = skin.shape[:2]
+    volumes = skin.flatten(0, 1)[:, None]                              # (B P, 1, D, H, W)
+    grid = x.flatten(0, 1)[:, None]                                    # (B P, 1, R, S, 3)
+    # border: outside the cube a part claims what it claims on the face. Zeros would be a claim,
+    # too, and the largest of all where the other logits are negative.
+    logits = F.grid_sample(volumes, grid, align_corners=False, padding_mode="border")
+    return logits[:, 0, 0].unflatten(0, (B, P))
+
+
+def carry_back(skin, o, d, t):
+    """Where the samples of a frame lie in the canonical volume: x_c = sum_p w_p x_p.
+
+    skin     (B, P, D, H, W) logits, V_lbs in the paper; not read if P = 1
+    o, d     (B, P, R, 3) the rays as each part sees them
+    t        (B, R, S) distances of the samples along them
+    returns  x_c (B, R, S, 3) and w (B, P, R, S), which sums to 1 over the parts
+    """
+    x = o[..., None, :] + t[:, None, ..., None] * d[..., None, :]      # x_p = o_p + t d_p
+    if x.shape[1] == 1:
+        return x[:, 0], torch.ones_like(x[..., 0])                     # a softmax of one is 1
+    logits = sample_skin(skin, x)                                      # V_lbs,p(x_p)
+    w = logits.softmax(1)                                              # w_p, (B, P, R, S)
+    # sum_p w_p x_p = sum_p w_p o_p + t sum_p w_p d_p: a small product for each ray, where w x would
+    # be a second tensor as large as x.
+    rays = torch.cat([o, d], -1)                                       # (B, P, R, 6)
+    blended = torch.einsum("bprs,bprc->brsc", w, rays)                 # sum_p w_p (o_p, d_p)
+    o, d = blended.chunk(2, -1)                                        # (B, R, S, 3) each
+    return o + t[..., None] * d, w                                     # sum_p w_p x_p
+
+
+def blend_turned(vectors, w, rotation):
+    """Vectors of the canonical volume in the camera's axes, turned as their parts are.
+
+    vectors (B, R, S, 3), w (B, P, R, S) as of carry_back, rotation (B, V, P, 3, 3) of cam2world
+    returns sum_p w_p R_p^T vector (B, R, S, 3)
+    """
+    B, R, S, _ = vectors.shape
+    _, V, P = rotation.shape[:3]
+    vectors = vectors.reshape(B, 1, V, -1, 3)                          # a view's samples in a row
+    rotation = rotation.transpose(1, 2)                                # (B, P, V, 3, 3)
+    turned = vectors @ rotation                                        # R_p^T v: v is a row here
+    w = w.reshape(B, P, V, -1, 1)
+    blended = (w * turned).sum(1)                                      # (B, V, size size S, 3)
+    return blended.reshape(B, R, S, 3)
+
+
+def place_in_canonical(volume, cam2world, intrinsics, size, n_samples, generator=None):
+    """The samples of all rays of a frame, carried back. Arguments as of render_moving.
+
+    returns t (B, R, S), edges (B, R, S+1), points (B, R, S, 3), w (B, P, R, S)
+    """
+    if cam2world.ndim != 5:
+        raise ValueError(f"cam2world must be (B, V, P, 4, 4), got {tuple(cam2world.shape)}")
+    B, V, P = cam2world.shape[:3]
+    channels = 4 if P == 1 else 4 + P
+    if volume.ndim != 5 or volume.shape[1] < channels:
+        raise ValueError(f"volume must be (B, {channels}, D, H, W), got {tuple(volume.shape)}")
+    if len(volume) != B:
+        raise ValueError(f"{len(volume)} volumes but cameras for {B} objects")
+    intrinsics = intrinsics[:, :, None].expand(B, V, P, 4)             # one lens for all parts
+    o, d = camera_rays(cam2world, intrinsics, size)                    # (B, V, P, size, size, 3)
+    o = o.transpose(1, 2).flatten(2, 4)                                # (B, P, R, 3)
+    d = d.transpose(1, 2).flatten(2, 4)
+    # Where samples lie is bookkeeping: no gradient of the (learned) cameras flows through t.
+    near, far = box_interval(o.detach(), d.detach())                   # (B, P, R)
+    near, far = around_parts(near, far)                                # (B, R)
+    t, edges = place_samples(near, far, n_samples, generator)
+    skin = volume[:, 4:4 + P]
+    points, w = carry_back(skin, o, d, t)
+    return t, edges, points, w
+
+
+def render_moving(volume, cam2world, intrinsics, size, n_samples, generator=None):
+    """Pictures of subjects of P moving parts (App. B.1). Like render, but for
+
+    volume     (B, 4 + P, D, H, W): density, colour and P skinning logits, which P = 1 does not need
+    cam2world  (B, V, P, 4, 4), the camera as each part sees it
+    returns    rgb (B, V, 3, size, size) over black, occupancy (B, V, 1, size, size) in [0, 1]
+    """
+    t, edges, points, w = place_in_canonical(volume, cam2world, intrinsics, size, n_samples,
+                                             generator)
+    values = sample_volume(volume[:, :4], points)                      # (B, R, S, 4)
+    density = values[..., 0]
+    rgb = values[..., 1:]
+    colour, occupancy, _ = integrate(density, rgb, edges)
+    n_views = cam2world.shape[1]
+    colour = to_pictures(colour, n_views, size)
+    occupancy = to_pictures(occupancy[..., None], n_views, size)
+    return colour, occupancy
+
+
+def render_moving_geometry(volume, cam2world, intrinsics, size, n_samples):
+    """Like render_geometry, for the volumes and cameras of render_moving.
+
+    returns a dict of (B, V, C, size, size): rgb, occupancy, depth as there, and
+      normal (3)  in the axes of the CAMERA: the world's would be another one for each part
+      parts (P)   how much of the occupancy is each part's
+    """
+    t, edges, points, w = place_in_canonical(volume, cam2world, intrinsics, size, n_samples)
+    values = sample_volume(volume[:, :4], points)
+    density = values[..., 0]
+    rgb = values[..., 1:]
+    colour, occupancy, weights = integrate(density, rgb, edges)
+    parts = (w * weights[:, None]).sum(-1)                             # (B, P, R)
+    slope = uphill(volume, points)                                     # in the canonical volume
+    slope = blend_turned(slope, w, cam2world[..., :3, :3])             # in the camera's axes
+    depth, normal = depth_and_normal(t, slope, weights, occupancy)
+    n_views = cam2world.shape[1]
+    return {
+        "rgb": to_pictures(colour, n_views, size),
+        "occupancy": to_pictures(occupancy[..., None], n_views, size),
+        "depth": to_pictures(depth, n_views, size),
+        "normal": to_pictures(normal, n_views, size),
+        "parts": to_pictures(parts.transpose(1, 2), n_views, size),
+    }
+
+
+# ---- What moves, from another side ---------------------------------------------------------------
 
 
 def turn_about(cam2world, azimuth, distance, elevation=0.0):
@@ -57,252 +469,7 @@ def turn_about(cam2world, azimuth, distance, elevation=0.0):
     azimuth, elevation in radians. For the cameras of a subject's parts: all turn together, so the
     subject is seen, in the same pose, from another side.
     """
-    front, moved = (orbit(*torch.tensor(angles, dtype=cam2world.dtype, device=cam2world.device),
-                          distance) for angles in ((0.0, 0.0), (azimuth, elevation)))
-    return cam2world @ torch.linalg.inv(front) @ moved
-
-
-def camera_rays(cam2world, intrinsics, size):
-    """The ray through the centre of every pixel of a size x size picture.
-
-    cam2world (..., 4, 4), intrinsics (..., 4) as fractions of the side
-    returns o (..., 3) origins and d (..., size, size, 3) unit directions, in the world
-    """
-    if cam2world.shape[-2:] != (4, 4):
-        raise ValueError(f"cam2world must end in (4, 4), got {tuple(cam2world.shape)}")
-    if intrinsics.shape != cam2world.shape[:-2] + (4,):
-        raise ValueError(f"intrinsics must be {tuple(cam2world.shape[:-2]) + (4,)} "
-                         f"(fx, fy, cx, cy), got {tuple(intrinsics.shape)}")
-    centre = (torch.arange(size, dtype=cam2world.dtype, device=cam2world.device) + 0.5) / size
-    v, u = torch.meshgrid(centre, centre, indexing="ij")                   # (size, size)
-    fx, fy, cx, cy = intrinsics[..., None, None, :].unbind(-1)             # (..., 1, 1)
-    # Rows count downwards and the camera looks along -z: hence the two minus signs.
-    d = torch.stack(torch.broadcast_tensors((u - cx) / fx, -(v - cy) / fy, u.new_tensor(-1.0)), -1)
-    d = torch.einsum("...ij,...hwj->...hwi", cam2world[..., :3, :3], d)
-    return cam2world[..., :3, 3], F.normalize(d, dim=-1)
-
-
-def project(points, cam2world, intrinsics):
-    """Where world points appear: the inverse of camera_rays.
-
-    points (..., n, 3), cam2world (..., 4, 4), intrinsics (..., 4)
-    returns uv (..., n, 2) fractions of the side (column, row), depth (..., n) along the view axis,
-    positive in front of the camera
-    """
-    R, t = cam2world[..., :3, :3], cam2world[..., None, :3, 3]
-    x, y, z = ((points - t) @ R).unbind(-1)                 # row vectors, so @ R is R^T (p - t)
-    fx, fy, cx, cy = intrinsics[..., None, :].unbind(-1)
-    return torch.stack([cx - fx * x / z, cy + fy * y / z], -1), -z
-
-
-def random_windows(images, masks, intrinsics, side, generator):
-    """A random side x side window of every picture (B, V, C, H, W), as a picture of its own.
-
-    OURS: a window is a camera with other intrinsics, so full resolution costs what `side` costs,
-    and Eq. 1 still sees neighbouring pixels, as it would not with scattered rays.
-    returns images, masks (B, V, C, side, side), intrinsics (B, V, 4)
-    """
-    B, V, _, size, _ = images.shape
-    corner = torch.randint(size - side + 1, (B, V, 2), generator=generator)       # x, y
-    b, v = torch.arange(B)[:, None, None, None], torch.arange(V)[:, None, None]
-    x = (corner[..., 0, None] + torch.arange(side))[:, :, None, :]                # (B, V, 1, side)
-    y = (corner[..., 1, None] + torch.arange(side))[:, :, :, None]                # (B, V, side, 1)
-    images, masks = (p[b, v, :, y, x].movedim(-1, 2) for p in (images, masks))
-    centre = (intrinsics[..., 2:] * size - corner) / side
-    return images, masks, torch.cat([intrinsics[..., :2] * size / side, centre], -1)
-
-
-# ---- Eq. 6 and 7: along one ray -----------------------------------------------------------------
-
-
-def ray_weights(density, edges):
-    """Share of the light that each interval of a ray sends back: T_i (1 - exp(-density_i dt_i)).
-
-    density (..., S) >= 0 per world unit, constant within an interval
-    edges   (..., S+1) increasing distances that bound the S intervals
-    returns (..., S), each ray's sum is its occupancy
-    """
-    if edges.shape != density.shape[:-1] + (density.shape[-1] + 1,):
-        raise ValueError(f"edges must have one entry more than density {tuple(density.shape)} "
-                         f"along the ray, got {tuple(edges.shape)}")
-    # TRAP: the last interval ends where the volume ends. The 1e10 of the first NeRF code turns any
-    # trace of fog in it into a wall, and an occupancy of 0.095 into 1.0.
-    tau = density * edges.diff(dim=-1)                      # (..., S) optical thickness
-    # The light that reaches interval i has crossed intervals 0..i-1 only: shift before exp.
-    T = torch.exp(-F.pad(tau.cumsum(-1)[..., :-1], (1, 0)))  # (..., S) transmittance
-    return T * -torch.expm1(-tau)                           # expm1: exact for thin fog too
-
-
-def integrate(density, rgb, edges):
-    """Colour (Eq. 6) and occupancy (Eq. 7) of rays through piecewise-constant fog.
-
-    density (..., S)    >= 0, per world unit   rgb (..., S, 3) in [0, 1]
-    edges   (..., S+1)  increasing distances that bound the S intervals, world units
-    returns rgb (..., 3) over black, occupancy (...,) in [0, 1]; ... are the rays
-    """
-    if rgb.shape != density.shape + (3,):
-        raise ValueError(f"rgb must be {tuple(density.shape) + (3,)}, got {tuple(rgb.shape)}")
-    w = ray_weights(density, edges)
-    return (w[..., None] * rgb).sum(-2), w.sum(-1)
-
-
-# ---- Where rays and volume meet ------------------------------------------------------------------
-
-
-def box_interval(o, d):
-    """Distances at which rays enter and leave the cube [-1, 1]^3 (the slab method).
-
-    o, d (..., 3); returns near, far (...,) >= 0, equal (an empty interval) for a ray that misses
-    """
-    # A zero component would give 0/0 for an origin exactly on a face: nudge it off zero.
-    d = torch.where(d.abs() < 1e-9, torch.full_like(d, 1e-9), d)
-    a, b = (-1 - o) / d, (1 - o) / d
-    near = torch.minimum(a, b).amax(-1).clamp(min=0)        # the last of three slabs entered
-    far = torch.maximum(a, b).amin(-1)                      # the first of three slabs left
-    return near, torch.maximum(near, far)
-
-
-def sample_volume(volume, points, padding="zeros"):
-    """Trilinear interpolation. volume (B, C, D, H, W), points (B, M, 3) -> (B, M, C).
-
-    Beyond the centres of the outer voxels values fade: half on a face, 0 half a voxel outside; with
-    padding "border" they stay as they are on the face.
-    """
-    # TRAP: grid_sample wants (x, y, z) and indexes the LAST axis with x, which is just how volumes
-    # are stored here, (z, y, x). A symmetric object would hide a swap.
-    grid = points[:, None, None]                                            # (B, 1, 1, M, 3)
-    out = F.grid_sample(volume, grid, align_corners=False, padding_mode=padding)
-    return out[:, :, 0, 0].transpose(1, 2)                                  # (B, M, C)
-
-
-def density_gradient(density):
-    """Central differences. density (B, 1, D, H, W) -> (B, 3, D, H, W): d/dx, d/dy, d/dz."""
-    p = F.pad(density, (1, 1, 1, 1, 1, 1))                  # zeros: there is nothing outside
-    D, H, W = density.shape[2:]
-    middle = slice(1, -1)
-    dx = (p[:, :, middle, middle, 2:] - p[:, :, middle, middle, :-2]) * (W / 4)   # 2 steps of 2/W
-    dy = (p[:, :, middle, 2:, middle] - p[:, :, middle, :-2, middle]) * (H / 4)
-    dz = (p[:, :, 2:, middle, middle] - p[:, :, :-2, middle, middle]) * (D / 4)
-    return torch.cat([dx, dy, dz], 1)
-
-
-def place_samples(near, far, n_samples, jitter=None):
-    """n_samples positions on every ray: near, far (B, R) -> t (B, R, S), edges (B, R, S+1)."""
-    fraction = torch.linspace(0, 1, n_samples + 1, dtype=near.dtype, device=near.device)
-    edges = near[..., None] + (far - near)[..., None] * fraction
-    if near.device.type != "cpu" and jitter is not None:    # millions of numbers: a GPU draws them
-        jitter = torch.Generator(near.device).manual_seed(
-            int(torch.randint(2**62, (), generator=jitter)))
-    share = 0.5 if jitter is None else torch.rand(
-        edges[..., 1:].shape, generator=jitter, dtype=near.dtype, device=near.device)
-    return edges[..., :-1] + edges.diff(dim=-1) * share, edges
-
-
-# ---- Moving parts: inverse skinning (Sec. 3.2, Eq. 8 the other way round) ------------------------
-
-
-def around_parts(near, far):
-    """From where any part's cube is entered to where the last is left: (B, P, R) -> (B, R) each."""
-    missed = near >= far
-    near = near.masked_fill(missed, torch.inf).amin(1)
-    far = far.masked_fill(missed, 0).amax(1)
-    return torch.minimum(near, far), far
-
-
-def carry_back(skin, o, d, t):
-    """Inverse skinning: where the samples of a deformed frame lie in the undeformed volume.
-
-    A part moves rigidly, so seen from part p only the camera has moved: p has its own rays, and the
-    sample at distance t is x_p = o_p + t d_p. The part's skinning volume, read there, says how much
-    it claims the sample: w = softmax over parts. The canonical point is sum_p w_p x_p (in the
-    manner of HumanNeRF; Eq. 8 maps the other way and would have to be inverted).
-
-    skin (B, P, D, H, W) logits, o, d (B, P, R, 3), t (B, R, S)
-    returns points (B, R, S, 3) and w (B, P, R, S), which sums to 1 over the parts
-    """
-    x = o[..., None, :] + t[:, None, ..., None] * d[..., None, :]           # (B, P, R, S, 3)
-    if x.shape[1] == 1:
-        return x[:, 0], torch.ones_like(x[..., 0])
-    # border: outside its cube a part claims what it claims on the face. Zeros would be a claim,
-    # and where all other logits are negative even the largest.
-    logits = sample_volume(skin.flatten(0, 1)[:, None], x.flatten(0, 1).flatten(1, 2), "border")
-    w = logits.reshape(x.shape[:-1]).softmax(1)                             # (B, P, R, S)
-    # sum_p w_p x_p = sum_p w_p o_p + t sum_p w_p d_p: two small products a ray, and no large x.
-    o, d = (w.permute(0, 2, 3, 1) @ torch.cat([o, d], -1).transpose(1, 2)).chunk(2, -1)
-    return o + t[..., None] * d, w                                          # (B, R, S, 3)
-
-
-def blend_turned(vectors, share, rotation):
-    """Vectors of the undeformed volume, turned with the parts into the axes of each camera.
-
-    vectors (B, R, S, 3), share (B, P, R, S) as of carry_back, rotation (B, V, P, 3, 3) of
-    cam2world; R = V h w -> (B, R, S, 3)
-    """
-    (B, V, P), S = rotation.shape[:3], vectors.shape[2]
-    turned = vectors.reshape(B, 1, V, -1, 3) @ rotation.transpose(1, 2)     # rows: R^T v
-    return (share.reshape(B, P, V, -1, 1) * turned).sum(1).reshape(B, -1, S, 3)
-
-
-# ---- A whole picture ----------------------------------------------------------------------------
-
-
-def render(volume, cam2world, intrinsics, size, n_samples, jitter=None, extras=True):
-    """Pictures of each object's volume from each of its cameras (Eq. 6 and 7).
-
-    volume     (B, 4, D, H, W)  channel 0 density >= 0 per world unit, 1..3 colour in [0, 1]
-    cam2world  (B, V, 4, 4)     intrinsics (B, V, 4), see the conventions above
-    size       side of the pictures in pixels      n_samples  per ray (the paper: 128)
-    jitter     a torch.Generator: sample positions are drawn within their intervals, so that
-               training sees all of the volume; None: at the middles
-    extras     False: colour and occupancy only, all that training needs
-    returns a dict of (B, V, C, size, size):
-      rgb (C = 3) over black, occupancy (1) in [0, 1],
-      depth (1) mean distance along the ray from the camera, world units, 0 where nothing is hit,
-      normal (3) unit vectors in the world pointing out of the object, 0 where nothing is hit
-
-    Objects with P moving parts: cam2world (B, V, P, 4, 4), the camera as each part sees it, and
-    volume (B, 4 + P, D, H, W), the last P channels skinning logits (P = 1 needs none: (B, 4, ...)).
-    Normals are then in the axes of the camera, and the dict has parts (P): each part's share of the
-    occupancy.
-    """
-    moving = cam2world.ndim == 5
-    B, V, P = cam2world.shape[:3] if moving else (*cam2world.shape[:2], 1)
-    channels = 4 + P if P > 1 else 4                                        # more are not read
-    if volume.ndim != 5 or volume.shape[1] < channels:
-        raise ValueError(f"volume must be (B, {channels}, D, H, W), got {tuple(volume.shape)}")
-    if B != volume.shape[0]:
-        raise ValueError(f"{volume.shape[0]} volumes but cameras for {B} objects")
-    if moving:
-        intrinsics = intrinsics[:, :, None].expand(B, V, P, 4)
-    o, d = camera_rays(cam2world, intrinsics, size)
-    o = o[..., None, None, :].expand_as(d)                                  # (B, V, [P,] h, w, 3)
-    if moving:
-        o, d = (x.transpose(1, 2).reshape(B, P, -1, 3) for x in (o, d))     # (B, P, R, 3)
-        # Where samples lie is bookkeeping: no gradient flows through near and far.
-        t, edges = place_samples(*around_parts(*box_interval(o.detach(), d.detach())), n_samples,
-                                 jitter)                                    # (B, R, S), (B, R, S+1)
-        points, share = carry_back(volume[:, 4:4 + P], o, d, t)
-    else:
-        o, d = o.reshape(B, -1, 3), d.reshape(B, -1, 3)                     # (B, R, 3)
-        t, edges = place_samples(*box_interval(o, d), n_samples, jitter)
-        points = o[:, :, None] + t[..., None] * d[:, :, None]               # (B, R, S, 3)
-    values = sample_volume(volume[:, :4], points.flatten(1, 2)).unflatten(1, t.shape[1:])
-    density, rgb = values[..., 0], values[..., 1:]                          # (B, R, S), (.., S, 3)
-
-    def image(x):                                                           # (B, R, C) -> picture
-        return x.reshape(B, V, size, size, -1).movedim(-1, 2)
-
-    rgb, occupancy = integrate(density, rgb, edges)                         # (B, R, 3), (B, R)
-    out = {"rgb": image(rgb), "occupancy": image(occupancy)}
-    if extras:
-        w, occupancy = ray_weights(density, edges), occupancy[..., None]    # (B, R, S), (B, R, 1)
-        hit = occupancy > 1e-3
-        depth = (w * t).sum(-1, keepdim=True) / occupancy.clamp(min=1e-3)
-        slope = sample_volume(density_gradient(volume[:, :1]), points.flatten(1, 2))
-        slope = F.normalize(slope, dim=-1).unflatten(1, t.shape[1:])        # (B, R, S, 3)
-        if moving:
-            out["parts"] = image((share * w[:, None]).sum(-1).transpose(1, 2))
-            slope = blend_turned(slope, share, cam2world[..., :3, :3])
-        normal = F.normalize(-(w[..., None] * slope).sum(2), dim=-1)        # density falls outwards
-        out["depth"], out["normal"] = image(depth * hit), image(normal * hit)
-    return out
+    zero = cam2world.new_tensor(0.0)
+    front = orbit(zero, zero, distance)
+    turned = orbit(cam2world.new_tensor(azimuth), cam2world.new_tensor(elevation), distance)
+    return cam2world @ torch.linalg.inv(front) @ turned

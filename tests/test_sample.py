@@ -1,80 +1,133 @@
-"""sample.py: Frechet distances in closed form, checkpoints of strangers, meshes, fair baselines."""
+"""sample.py: strangers' checkpoints, noise to latents, the baseline, prompts, views, flags, meshes.
+
+Runs here are tiny and untrained: what is tested is that every number arrives where it belongs.
+"""
+import builtins
+import contextlib
 import dataclasses
-import json
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
+import imageio.v3 as iio
 import pytest
 import torch
+from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data                                                           # noqa: E402
-import sample                                                         # noqa: E402
-import train                                                          # noqa: E402
-from autodecoder import AutoDecoder                                   # noqa: E402
-from data import BadInput                                             # noqa: E402
+import data
+import render
+import sample
+import train
+from autodecoder import AutoDecoder, PoseNet, build_decoder
+from data import BadInput
+from diffusion import build_denoiser
 
 F64 = torch.float64
 NAMES = ["ann", "bob", "cy"]
-SETTINGS = dataclasses.asdict(train.Settings(
-    embed_dim=8, channels=16, volume_side=16, latent_side=4, decoder_depth=1, decoder_attention=(),
-    unet_channels=8, unet_multipliers=(1, 2), unet_depth=1, unet_attention=(4,)))
+VOCABULARY = ["a", "blue", "chair", "red", "table", "with"]
+TINY = dict(
+    size=32, n_objects=3, n_views=6, embed_dim=8, channels=16, volume_side=16, latent_side=4,
+    decoder_depth=1, decoder_attention=(), unet_channels=16, unet_multipliers=(1, 2), unet_depth=1,
+    unet_attention=(4,), context_dim=16, keypoints=8, pose_width=8, body=(0.5, 0.8, 0.5),
+    sample_steps=4)
+
+
+def settings_of(**changes):
+    return dataclasses.asdict(train.AllSettings(**TINY | changes))
+
+
+def make_run(folder, source="synthetic", names=NAMES, lively=False, **changes):
+    """Both checkpoints of an untrained run, as train.py leaves them.
+
+    lively: the decoder's objects are dense, and the denoiser, unlike a new one, has an opinion
+    """
+    torch.manual_seed(0)
+    values = settings_of(**changes)
+    settings = SimpleNamespace(**values)
+    decoder = build_decoder(settings, len(names))
+    vocabulary = VOCABULARY if settings.text else []
+    denoiser = build_denoiser(settings, decoder.latent_shape, vocabulary)
+    posenet, poses = None, None
+    if settings.parts:
+        network = PoseNet.from_settings(settings)
+        network.split()                                    # all parts are in use
+        posenet = network.state_dict()
+        poses = network.eval()(torch.rand(5, 3, 32, 32))[0].detach()
+    if lively:
+        decoder.head[-1].bias.data[0] = 6.0
+        for weight in denoiser.parameters():
+            weight.data += 0.05 * torch.randn_like(weight)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"stage": 1, "settings": values, "names": names, "captions": names,
+                "source": source, "fingerprint": "f", "model": decoder.state_dict(),
+                "view": {"distance": 4.0, "elevation": 0.3}, "posenet": posenet, "poses": poses},
+               folder / "stage1.pt")
+    torch.save({"stage": 2, "settings": values, "decoder": "f", "m": torch.tensor(-3.0),
+                "s": torch.tensor(2.0), "vocabulary": vocabulary, "ema": denoiser.state_dict()},
+               folder / "stage2.pt")
+    return folder
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run's folder as train.py leaves it: both checkpoints of a tiny, untrained run."""
-    torch.manual_seed(0)
-    model = sample.build_autodecoder(SETTINGS, len(NAMES))
-    torch.save(dict(stage=1, settings=SETTINGS, names=NAMES, captions=NAMES, source="synthetic",
-                    fingerprint="f", view=dict(distance=4.0, elevation=0.3),
-                    model=model.state_dict()),
-               tmp_path / "stage1.pt")
-    torch.save(dict(stage=2, settings=SETTINGS, decoder="f", m=torch.tensor(-3.0),
-                    s=torch.tensor(2.0), vocabulary=[],
-                    ema=sample.build_denoiser(SETTINGS).state_dict()),
-               tmp_path / "stage2.pt")
-    return tmp_path
+    return make_run(tmp_path)
+
+
+@contextlib.contextmanager
+def small_pictures():
+    """Sheets and films as always, but of few and small pictures: drawing takes most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "SIDE", 24)
+        patch.setattr(sample, "FRAMES", 4)
+        yield
 
 
 def edit(path, **changes):
-    checkpoint = torch.load(path, weights_only=True) | changes
-    torch.save({k: v for k, v in checkpoint.items() if v is not None}, path)
+    """Changes entries of a checkpoint; None takes one away."""
+    checkpoint = torch.load(path, weights_only=True)
+    for key, value in changes.items():
+        if value is None:
+            del checkpoint[key]
+        else:
+            checkpoint[key] = value
+    torch.save(checkpoint, path)
 
 
 def refused(call, *words):
+    """Bad input is one line that holds all these words."""
     with pytest.raises(BadInput) as error:
         call()
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
 
 
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
-def exact_features(n, mean, covariance, seed=0):
-    """n feature vectors whose mean and (n - 1) covariance are exactly as asked."""
-    x = torch.randn(n, len(mean), generator=torch.Generator().manual_seed(seed), dtype=F64)
-    x = x - x.mean(0)
-    x = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(x.T)), x.T, upper=False).T
-    return x @ torch.linalg.cholesky(covariance).T + mean
-
-
-# ---- Checkpoints --------------------------------------------------------------------------------
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 
 def test_a_run_is_rebuilt_with_the_weights_that_were_saved(folder):
-    run = sample.load_run(folder)
-    saved = torch.load(folder / "stage1.pt", weights_only=True)["model"]
-    assert all(torch.equal(v, saved[k]) for k, v in run.autodecoder.state_dict().items())
-    assert run.settings == SETTINGS and run.names == NAMES and run.normalizer.m == -3
-    assert not run.autodecoder.training and not run.denoiser.training
-    assert sample.training_latents(run).shape == (3, 16, 4, 4, 4)
-    torch.testing.assert_close(sample.training_latents(run, chunk=2), sample.training_latents(run))
-    assert sample.decode(run, sample.training_latents(run)).shape == (3, 4, 16, 16, 16)
+    for trained in (sample.load_run(folder), sample.open_run(folder)):
+        saved = torch.load(folder / "stage1.pt", weights_only=True)
+        for name, value in trained.autodecoder.state_dict().items():
+            assert torch.equal(value, saved["model"][name])
+        averaged = torch.load(folder / "stage2.pt", weights_only=True)["ema"]
+        for name, value in trained.denoiser.state_dict().items():
+            assert torch.equal(value, averaged[name])
+        assert vars(trained.settings) == settings_of()
+        assert trained.names == NAMES and trained.view == saved["view"]
+        assert trained.normalizer.m == -3 and trained.normalizer.s == 2
+        assert not trained.autodecoder.training and not trained.denoiser.training
+
+
+def test_a_run_opened_for_stage_1_alone_needs_no_stage_2(folder):
+    (folder / "stage2.pt").unlink()
+    trained = sample.open_run(folder, stages=(1,))
+    assert not hasattr(trained, "denoiser") and trained.encode is None
+    assert sample.decode(trained, sample.training_latents(trained)).shape == (3, 4, 16, 16, 16)
 
 
 def test_a_missing_checkpoint_is_bad_input_that_says_what_to_run(tmp_path):
@@ -82,11 +135,11 @@ def test_a_missing_checkpoint_is_bad_input_that_says_what_to_run(tmp_path):
     assert sample.load_checkpoint(tmp_path, 2, resume=True) is None
 
 
-def test_a_truncated_checkpoint_is_bad_input_at_every_length(folder):
+@pytest.mark.parametrize("share", [0, 0.001, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_checkpoint_is_bad_input_at_every_length(folder, share):
     whole = (folder / "stage1.pt").read_bytes()
-    for share in (0, 0.001, 0.1, 0.5, 0.9, 0.999):
-        (folder / "stage1.pt").write_bytes(whole[:int(len(whole) * share)])
-        refused(lambda: sample.load_checkpoint(folder, 1), "stage1.pt", "cannot be read")
+    (folder / "stage1.pt").write_bytes(whole[:int(len(whole) * share)])
+    refused(lambda: sample.load_checkpoint(folder, 1), "stage1.pt", "cannot be read")
 
 
 @pytest.mark.parametrize("content", [b"not a checkpoint\n", bytes(100), b"PK\x03\x04" + bytes(50),
@@ -94,6 +147,7 @@ def test_a_truncated_checkpoint_is_bad_input_at_every_length(folder):
 def test_a_file_that_is_no_checkpoint_is_bad_input(tmp_path, content):
     (tmp_path / "stage1.pt").write_bytes(content)
     refused(lambda: sample.load_checkpoint(tmp_path, 1), "stage1.pt", "cannot be read")
+    refused(lambda: sample.load_weights("--t5", tmp_path / "stage1.pt", "tokens"), "--t5", "tokens")
 
 
 class Attack:
@@ -102,9 +156,10 @@ class Attack:
 
 
 def test_code_inside_a_checkpoint_is_refused_and_never_run(tmp_path):
-    import builtins
     torch.save({"stage": 1, "settings": Attack()}, tmp_path / "stage1.pt")
     refused(lambda: sample.load_checkpoint(tmp_path, 1), "stage1.pt", "cannot be read")
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        sample.load_run(tmp_path)
     assert not hasattr(builtins, "attacked")
 
 
@@ -112,468 +167,688 @@ def test_a_checkpoint_of_another_stage_or_kind_is_bad_input(folder):
     (folder / "stage2.pt").write_bytes((folder / "stage1.pt").read_bytes())
     refused(lambda: sample.load_checkpoint(folder, 2), "stage2.pt", "stage 1, not 2")
     torch.save(torch.zeros(3), folder / "stage2.pt")
-    refused(lambda: sample.load_checkpoint(folder, 2), "stage2.pt", "not 2")
+    refused(lambda: sample.load_checkpoint(folder, 2), "stage2.pt", "something else")
 
 
 def test_weights_that_do_not_fit_the_settings_are_bad_input(folder):
-    model = sample.build_autodecoder(SETTINGS, len(NAMES))
-    state = model.state_dict()
-    wrong = [state | {"linear.bias": torch.zeros(7)}, {"unknown": torch.zeros(1)}, {}, [1, 2],
-             sample.build_autodecoder(SETTINGS, 4).state_dict()]
+    model = build_decoder(SimpleNamespace(**settings_of()), 3)
+    other = build_decoder(SimpleNamespace(**settings_of()), 4)
+    good = model.state_dict()
+    wrong = [good | {"linear.bias": torch.zeros(7)}, {"unknown": torch.zeros(1)}, {}, [1, 2],
+             other.state_dict()]
     for bad in wrong:
         refused(lambda: sample.restore(lambda: model, bad, "x/stage1.pt"), "x/stage1.pt", "not fit")
-    assert sample.restore(lambda: model, state, "x/stage1.pt") is model
+    assert sample.restore(lambda: model, good, "x/stage1.pt") is model
     edit(folder / "stage1.pt", names=NAMES + ["dee"])
-    refused(lambda: sample.load_run(folder), "stage1.pt", "does not fit")
+    refused(lambda: sample.open_run(folder), "stage1.pt", "does not fit")
 
 
-@pytest.mark.parametrize("stage, key", [(1, "settings"), (1, "model"), (1, "names"), (2, "ema"),
-                                        (2, "m"), (2, "decoder")])
-def test_a_checkpoint_without_one_of_its_parts_is_bad_input(folder, stage, key):
-    edit(folder / f"stage{stage}.pt", **{key: None})
-    refused(lambda: sample.load_run(folder), f"stage{stage}.pt")
+@pytest.mark.parametrize("stage, key", [
+    (1, "settings"), (1, "model"), (1, "names"), (1, "view"), (2, "ema"), (2, "m"), (2, "decoder")])
+def test_a_checkpoint_without_one_of_its_parts_or_with_a_wrong_one_is_bad_input(folder, stage, key):
+    path = folder / f"stage{stage}.pt"
+    edit(path, **{key: 7})
+    refused(lambda: sample.open_run(folder), path.name, f"lacks {key}")
+    edit(path, **{key: None})
+    refused(lambda: sample.open_run(folder), path.name, f"lacks {key}")
+
+
+@pytest.mark.parametrize("name", ["parts", "embed_dim", "guidance"])
+def test_a_checkpoint_without_one_of_its_settings_is_bad_input(folder, name):
+    values = settings_of()
+    del values[name]
+    edit(folder / "stage1.pt", settings=values)
+    refused(lambda: sample.open_run(folder), "stage1.pt", name)
+
+
+def test_a_run_keeps_the_settings_of_both_stages_apart(folder):
+    edit(folder / "stage2.pt", settings=settings_of(seed=5))
+    trained = sample.open_run(folder)
+    assert trained.data_settings.seed == 0                 # which objects there were to learn from
+    assert trained.settings.seed == 5
+
+
+def test_resuming_needs_more_than_sampling(folder):
+    assert sample.load_checkpoint(folder, 1)["stage"] == 1
+    refused(lambda: sample.load_checkpoint(folder, 1, resume=True), "stage1.pt", "optimizer",
+            "order")
 
 
 def test_a_stage_2_of_another_stage_1_is_bad_input(folder):
     edit(folder / "stage1.pt", fingerprint="g")
-    refused(lambda: sample.load_run(folder), "stage2.pt", "--stage 2")
-    assert not hasattr(sample.load_run(folder, stages=(1,)), "denoiser")
+    refused(lambda: sample.open_run(folder), "stage2.pt", "--stage 2")
+    assert sample.open_run(folder, stages=(1,)).names == NAMES
+
+
+def test_networks_are_in_their_mode_again_after_pictures_were_drawn(folder):
+    trained = sample.open_run(folder)
+    trained.posenet = nn.Identity()
+    trained.autodecoder.train()
+    trained.posenet.eval()
+    with pytest.raises(KeyError), sample.evaluating(trained):
+        assert not trained.autodecoder.training and not trained.posenet.training
+        raise KeyError
+    assert trained.autodecoder.training and not trained.posenet.training
+
+
+# ---- Devices -------------------------------------------------------------------------------------
 
 
 def test_a_device_that_is_not_there_is_bad_input():
     refused(lambda: sample.choose_device("gpu"), "--device gpu", "--device cpu")
+    refused(lambda: sample.choose_device("meta"), "--device meta")
     assert sample.choose_device("cpu") == "cpu"
 
 
-# ---- Generating ---------------------------------------------------------------------------------
+def test_a_device_without_double_precision_is_refused_before_any_work(monkeypatch):
+    zeros = torch.zeros
+
+    def zeros_of_a_mac(*shape, device="cpu", dtype=torch.float32):
+        if device == "mps" and dtype == F64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return zeros(*shape, dtype=dtype)
+
+    monkeypatch.setattr(torch, "zeros", zeros_of_a_mac)
+    refused(lambda: sample.main(["--run", "nowhere", "--device", "mps"]), "--device mps", "double")
 
 
-def test_sample_i_depends_on_seed_and_i_only(folder):
-    run = sample.load_run(folder)
-    few, many = sample.latent_noise(run, 2, 7), sample.latent_noise(run, 5, 7)
-    assert few.shape == (2, 16, 4, 4, 4) and torch.equal(few, many[:2])
-    everything = torch.cat([many] + [sample.latent_noise(run, 5, seed) for seed in (0, 1, 8)])
-    distance = torch.cdist(everything.flatten(1), everything.flatten(1)) + 1e9 * torch.eye(20)
-    assert distance.min() > 30                                # sqrt(2 x 1024) apart: all different
-    assert many.std().item() == pytest.approx(1, abs=0.05)
-    for churn in (0, 40):
-        apart = sample.sample_latents(run, many, 4, churn, 7, chunk=2)
-        for noise in (many, few):
-            torch.testing.assert_close(apart[:len(noise)], sample.sample_latents(
-                run, noise, 4, churn, 7), rtol=1e-4, atol=1e-4)
+def test_nothing_is_imported_that_one_system_alone_has():
+    assert not hasattr(sample, "resource")                 # Windows has none
 
 
-@pytest.mark.parametrize("churn", [0.0, 40.0])
-def test_samples_of_an_untrained_denoiser_are_the_gaussian_it_assumes_denormalized(folder, churn):
-    """D = c_skip x is exact for N(0, 0.5^2), so latents are m + 0.5 s / scale N(0, 1)."""
-    run = sample.load_run(folder)
-    run.normalizer.scale = 0.8
-    x = sample.sample_latents(run, sample.latent_noise(run, 8, 0), steps=64, churn=churn)
-    assert x.dtype == torch.float32 and x.mean().item() == pytest.approx(-3, abs=0.05)
-    assert x.std().item() == pytest.approx(0.5 * 2.0 / 0.8, rel=0.03)
-
-
-@pytest.mark.parametrize("kind", ["fitted", "normal"])
-def test_direct_latents_have_the_covariance_that_they_promise(kind):
-    """With the linear layer as the identity and G1 nothing else, a latent IS its embedding."""
-    model = AutoDecoder(7, embed_dim=8, channels=1, start_side=2, volume_side=4, latent_side=2)
-    e = exact_features(7, torch.arange(4, dtype=F64), torch.diag(torch.tensor([4.0, 1, 9, 0.25],
-                                                                              dtype=F64)))
-    e = torch.cat([e, e @ torch.full((4, 4), 0.5, dtype=F64)], 1).float()          # rank 4 of 8
-    with torch.no_grad():
-        model.linear.weight.copy_(torch.eye(8))
-        model.linear.bias.zero_()
-        model.embedding.weight.copy_(e)
-    run = SimpleNamespace(autodecoder=model, names=list("abcdefg"), device="cpu",
-                          settings={"space": "latent"})
-    draws = sample.direct_latents(run, 40_000, 3, kind).flatten(1)
-    mean, covariance = torch.zeros(8), torch.eye(8)
-    if kind == "fitted":
-        mean, covariance = e.mean(0), e.T.cov()
-    scale = covariance.diagonal().sqrt()
-    torch.testing.assert_close(draws.mean(0) / scale, mean / scale, rtol=0, atol=0.025)
-    torch.testing.assert_close(draws.T.cov() / scale / scale[:, None],
-                               covariance / scale / scale[:, None], rtol=0, atol=0.04)
-    assert torch.equal(draws, sample.direct_latents(run, 40_000, 3, kind).flatten(1))
-
-
-def test_turntable_views_are_in_order_whatever_the_batches(folder):
-    run = sample.load_run(folder)
-    volumes = torch.zeros(18, 4, 8, 8, 8)
-    volumes[:, 0, :, :, 6:], volumes[:, 1:] = 50, torch.rand(18, 3, 1, 1, 1)     # on the right, +x
-    together = sample.render_views(run, volumes, [0.0, math.pi, 1.0], 8, extras=True)
-    assert together["rgb"].shape == (18, 3, 3, 8, 8) and together["depth"].shape == (18, 3, 1, 8, 8)
-    for i, v, azimuth in [(0, 0, 0.0), (17, 0, 0.0), (17, 2, 1.0), (3, 1, math.pi)]:
-        alone = sample.render_views(run, volumes[i:i + 1], [azimuth], 8)["rgb"]
-        torch.testing.assert_close(together["rgb"][i, v], alone[0, 0])
-    half = together["occupancy"][:, :, 0, :, 4:].sum((2, 3)) > together["occupancy"][
-        :, :, 0, :, :4].sum((2, 3))
-    assert half[:, 0].all() and not half[:, 1].any()          # seen from behind: left
-
-
-def test_the_nearest_training_object_of_a_copy_is_its_original(folder):
-    run = sample.load_run(folder)
-    volumes = torch.rand(3, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
-    index, distance = sample.nearest_training(run, volumes[[2, 0]] * 1.001, volumes)
-    assert index.tolist() == [2, 0] and distance.max() < 0.01
-    red, green = (torch.tensor([50.0, *rgb]).view(1, 4, 1, 1, 1).expand(1, 4, 8, 8, 8)
-                  for rgb in ((1, 0, 0), (0, 1, 0)))
-    _, distance = sample.nearest_training(run, red, green)
-    assert 0.1 < distance.item() < (2 / 3)**0.5             # most: all off by (1, -1, 0)
-
-
-# ---- Frechet distance ---------------------------------------------------------------------------
-
-
-def test_frechet_distance_of_gaussians_is_its_closed_form():
-    zero = torch.zeros(3, dtype=F64)
-    a = exact_features(50, zero, torch.diag(torch.tensor([1.0, 4, 9], dtype=F64)))
-    b = exact_features(80, zero + 2, torch.diag(torch.tensor([4.0, 4, 1], dtype=F64)), seed=1)
-    # Diagonal: |mean|^2 + sum (sqrt a - sqrt b)^2 = 12 + 1 + 0 + 4.
-    assert sample.frechet_distance(a, b) == pytest.approx(17, rel=1e-10)
-    assert sample.frechet_distance(b, a) == pytest.approx(17, rel=1e-10)
-    A, B = (torch.tensor(m, dtype=F64) for m in ([[2, 1], [1, 3]], [[1, -0.5], [-0.5, 4]]))
-    root = math.sqrt((A @ B).trace() + 2 * math.sqrt(A.det() * B.det()))   # tr sqrt(A B), 2 x 2
-    a, b = exact_features(9, zero[:2], A), exact_features(30, zero[:2], B, seed=1)
-    assert sample.frechet_distance(a, b) == pytest.approx(5 + 5 - 2 * root, rel=1e-10)
-
-
-def test_frechet_distance_to_itself_is_zero_even_with_fewer_pictures_than_features():
-    x = torch.randn(10, 40, generator=torch.Generator().manual_seed(0))
-    assert sample.frechet_distance(x, x[torch.randperm(10)]) == pytest.approx(0, abs=1e-5)
-    assert sample.frechet_distance(x, x + 1) == pytest.approx(40, rel=1e-6)
-    for a, b in [(x, x[:, :3]), (x[:1], x), (x[0], x)]:
-        with pytest.raises(ValueError, match="features"):
-            sample.frechet_distance(a, b)
-
-
-def test_frechet_distance_agrees_with_the_eigenvalues_of_the_product_on_real_features():
-    # Another way to the same trace: sqrt(A B) has the roots of the eigenvalues of A B itself.
-    images = torch.rand(300, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    a = sample.image_features(images).double().numpy()
-    b = sample.image_features(images.flip(0) ** 1.5)[:280].double().numpy()
-    A, B = np.cov(a.T), np.cov(b.T)
-    root = np.sqrt(np.linalg.eigvals(A @ B).astype(complex)).real.sum()
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * root
-    ours = sample.frechet_distance(torch.from_numpy(a), torch.from_numpy(b))
-    assert expected > 1e-3 and ours == pytest.approx(expected, rel=1e-6)
-
-
-def test_kernel_distance_is_its_definition_and_unbiased():
-    a, b = normal(7, 5), normal(9, 5, seed=1) + 0.3
-    k = lambda x, y: (float(x @ y) / 5 + 1) ** 3                                  # noqa: E731
-    within = [sum(k(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j)
-              / (len(s) * (len(s) - 1)) for s in (a, b)]
-    across = sum(k(x, y) for x in a for y in b) / (len(a) * len(b))
-    assert sample.kernel_distance(a, b) == pytest.approx(sum(within) - 2 * across, rel=1e-12)
-    many = [sample.kernel_distance(normal(20, 4, seed=2 * i), normal(20, 4, seed=2 * i + 1))
-            for i in range(300)]
-    mean, error = np.mean(many), np.std(many) / len(many) ** 0.5
-    assert abs(mean) < 3 * error and min(many) < 0 < max(many)
-    with pytest.raises(ValueError, match="n, m >= 2"):
-        sample.kernel_distance(a[:1], b)
-
-
-def test_ssim_is_one_for_equal_pictures_and_its_formula_for_flat_ones():
-    picture = torch.rand(2, 3, 24, 24)
-    torch.testing.assert_close(sample.ssim(picture, picture), torch.ones(2))
-    flat = [torch.full((1, 3, 16, 16), v) for v in (0.2, 0.6)]
-    expected = (2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4)     # no variance: luminance alone
-    assert sample.ssim(*flat).item() == pytest.approx(expected, rel=1e-4)
-    assert sample.ssim(picture, 1 - picture).max() < 0
-
-
-def test_shape_metrics_agree_with_brute_force():
-    a, b = normal(6, 40, 3).float(), (normal(5, 40, 3, seed=1) * 1.1).float()
-
-    def chamfer(x, y):
-        d = (x[:, None] - y).square().sum(-1)
-        return float(d.amin(1).mean() + d.amin(0).mean())
-
-    D = np.array([[chamfer(x, y) for y in b] for x in a])
-    assert np.allclose(sample.chamfer_distances(a, b).numpy(), D, rtol=1e-4)
-    union, own = torch.cat([a, b]), [0] * 6 + [1] * 5
-    full = np.array([[chamfer(x, y) for y in union] for x in union]) + np.diag([np.inf] * 11)
-    nna = np.mean([own[i] == own[j] for i, j in enumerate(full.argmin(1))])
-    scores = sample.shape_metrics(a, b)
-    assert scores["cov"] == len(set(D.argmin(1))) / 5
-    assert scores["mmd"] == pytest.approx(D.min(0).mean(), rel=1e-4)
-    assert scores["nna"] == pytest.approx(nna)
-    assert sample.shape_metrics(a, b, sample.nearest_clouds(b, b, same=True)) == scores
-
-
-def test_nearest_clouds_are_those_of_all_pairs():
-    shapes = torch.rand(40, 1, 3, generator=torch.Generator().manual_seed(3)) + 0.2  # ellipsoids
-    a = torch.nn.functional.normalize(normal(40, 512, 3).float(), dim=-1) * shapes
-    full = sample.chamfer_distances(a[:25], a[25:])
-    near = sample.nearest_clouds(a[:25], a[25:])
-    assert torch.equal(near.argmin(1), full.argmin(1))
-    assert torch.equal(near.argmin(0), full.argmin(0))
-    assert torch.equal(near.amin(1), full.amin(1)) and near.isinf().sum() > 50
-    own = sample.nearest_clouds(a, a, same=True)
-    full = sample.chamfer_distances(a, a).fill_diagonal_(torch.inf)
-    assert torch.equal(own.argmin(1), full.argmin(1)) and own.diagonal().isinf().all()
-
-
-def test_a_set_covers_itself_at_no_distance_and_far_sets_are_told_apart():
-    a = normal(5, 64, 3).float()
-    scores = sample.shape_metrics(a, a)
-    assert scores["cov"] == 1 and scores["mmd"] == pytest.approx(0, abs=1e-5)
-    assert sample.shape_metrics(a, a + 10)["nna"] == 1
-    with pytest.raises(ValueError, match="generated must be"):
-        sample.shape_metrics(a[:1], a)
-
-
-def test_surface_points_of_a_ball_are_uniform_on_it():
-    at = (torch.arange(48) + 0.5) / 24 - 1
-    x, y, z = torch.meshgrid(at, at, at, indexing="ij")
-    radius = (x**2 + y**2 + z**2).sqrt()
-    # A density that falls linearly through the level at 0.6, so that the place is exact.
-    density = math.log(2) * 24 * (1 + 10 * (0.6 - radius)).clamp(0, 5)
-    points = sample.surface_points(torch.stack([density, *[density] * 3]), 4000)
-    assert points.shape == (4000, 3)
-    assert (points.norm(dim=1) - 0.6).abs().max() < 0.02
-    # On a sphere every coordinate is uniform in [-r, r] (Archimedes).
-    for c in (points / 0.6).T:
-        assert c.mean().abs() < 0.05 and c.std().item() == pytest.approx(3**-0.5, abs=0.03)
-    assert sample.surface_points(torch.zeros(4, 8, 8, 8), 10) is None
-
-
-def test_image_features_tell_pictures_apart_but_not_chunks():
-    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    features = sample.image_features(images)
-    assert features.shape == (5, 240)
-    torch.testing.assert_close(sample.image_features(images, chunk=2), features)
-    assert torch.pdist(features).min() > 1e-3
-
-
-# ---- Figures ------------------------------------------------------------------------------------
-
-
-def test_pictures_are_white_where_there_is_nothing_and_normals_are_colours():
-    occupancy = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)
-    out = dict(rgb=torch.tensor([0.0, 0.3]).expand(1, 3, 1, 2), occupancy=occupancy,
-               depth=torch.tensor([0.0, 2.0]).view(1, 1, 1, 2),
-               normal=torch.tensor([[0, 0.0], [0, 1], [0, -1]]).view(1, 3, 1, 2))
-    assert sample.on_white(out)[0, 0, 0].tolist() == pytest.approx([1, 0.3])
-    assert sample.depth_picture(out)[0, :, 0, 0].tolist() == [1, 1, 1]
-    assert sample.normal_picture(out)[0, :, 0].tolist() == [[1, 0.5], [1, 1], [1, 0]]
-    assert sample.to_uint8(torch.tensor([-1, 0.5, 2.0]).view(3, 1, 1)).tolist() == [[[0, 128, 255]]]
-
-
-# ---- Meshes -------------------------------------------------------------------------------------
-
-
-def test_a_mesh_without_scikit_image_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "skimage", None)         # as where it was never installed
-    monkeypatch.setitem(sys.modules, "skimage.measure", None)
-    refused(lambda: sample.save_mesh(tmp_path / "m.ply", torch.zeros(4, 8, 8, 8)),
-            "pip install scikit-image")
-    assert not (tmp_path / "m.ply").exists()
-
-
-def test_the_mesh_of_a_ball_has_its_place_volume_colour_and_faces_outward(tmp_path):
-    pytest.importorskip("skimage")
-    c = (2 * torch.arange(32) + 1) / 32 - 1
-    z, y, x = torch.meshgrid(c, c, c, indexing="ij")
-    centre, R = torch.tensor([0.3, -0.2, 0.1]), 0.5
-    r = torch.stack([x, y, z], -1).sub(centre).norm(dim=-1)
-    volume = torch.zeros(4, 32, 32, 32)
-    volume[0] = ((R - r) * 16 + 0.5).clamp(0, 1) * 2 * math.log(2) * 16    # half of it at r = R
-    volume[1:, r < R + 0.05] = torch.tensor([[1.0], [0.5], [0.0]])
-    skinning = torch.rand(2, 32, 32, 32)                                     # is not looked at
-    sample.save_mesh(tmp_path / "m.ply", torch.cat([volume, skinning]))
-    lines = (tmp_path / "m.ply").read_text().splitlines()
-    n = int(next(line for line in lines if "vertex" in line).split()[-1])
-    start = lines.index("end_header") + 1
-    rows = torch.tensor([[float(v) for v in line.split()] for line in lines[start:start + n]])
-    faces = torch.tensor([[int(v) for v in line.split()] for line in lines[start + n:]])[:, 1:]
-    assert (rows[:, :3] - centre).norm(dim=1).sub(R).abs().max() < 0.02
-    a, b, c = rows[:, :3][faces].unbind(1)
-    inside = (torch.linalg.cross(a, b) * c).sum() / 6         # negative if the faces look inward
-    assert inside.item() == pytest.approx(4 / 3 * math.pi * R**3, rel=0.02)
-    assert (rows[:, 3:] - torch.tensor([255, 127.5, 0])).abs().max() <= 2
-    refused(lambda: sample.save_mesh(tmp_path / "e.ply", torch.zeros(4, 8, 8, 8)), "empty")
-    assert not (tmp_path / "e.ply").exists()
+# ---- Noise -> latents -> volumes -----------------------------------------------------------------
 
 
 def test_no_stream_repeats_the_numbers_that_embeddings_start_with():
     # With e ~ N(0, I) drawn like the initial table, "random" embeddings decode to training objects.
     torch.manual_seed(0)
-    table, unit = torch.nn.Embedding(5, 16).weight.detach(), torch.nn.functional.normalize
+    table = nn.functional.normalize(nn.Embedding(5, 16).weight.detach())
     for name in ("direct normal", "direct fitted", "noise 0", "churn", "stage 1"):
         drawn = torch.randn(5, 16, generator=sample.stream(0, name))
-        assert float((unit(drawn) @ unit(table).T).abs().max()) < 0.95
+        cosine = nn.functional.normalize(drawn) @ table.T
+        assert cosine.abs().max() < 0.95
         assert torch.equal(drawn, torch.randn(5, 16, generator=sample.stream(0, name)))
         assert not torch.equal(drawn, torch.randn(5, 16, generator=sample.stream(1, name)))
 
 
-# ---- Text, and diffusion on volumes -------------------------------------------------------------
+def test_noise_i_depends_on_seed_and_i_only_and_is_unit_normal(folder):
+    trained = sample.load_run(folder)
+    few = sample.latent_noise(trained, 2, 7)
+    many = sample.latent_noise(trained, 5, 7)
+    assert few.shape == (2, 16, 4, 4, 4) and torch.equal(few, many[:2])
+    noise = [many] + [sample.latent_noise(trained, 5, seed) for seed in (0, 1, 8)]
+    flat = torch.cat(noise).flatten(1)
+    assert torch.pdist(flat).min() > 30                    # sqrt(2 x 1024) apart: all are different
+    assert flat.std().item() == pytest.approx(1, abs=0.05)
 
 
-def test_what_a_caption_asks_for_is_read_from_its_words():
-    ask = "an orange round table with blue legs and a shelf"
-    assert sample.asked_for(ask) == (["orange", "blue"], {"round", "table", "legs", "shelf"})
-    seen = [(["orange", "red"], {"table", "round", "pedestal"}), (["orange", "blue"], {"car"})]
-    assert sample.attribute_scores([ask, ask], seen) == [3 / 4, 2 / 8]
+@pytest.mark.parametrize("churn", [0.0, 40.0])
+def test_latent_i_depends_on_its_noise_and_i_only_however_many_there_are(tmp_path, churn):
+    trained = sample.load_run(make_run(tmp_path, lively=True))
+    noise = sample.latent_noise(trained, 66, 7)            # more than fit in one chunk
+    many = sample.sample_latents(trained, noise, 3, churn, 7)
+    for i in (0, 63, 64, 65):
+        alone = sample.sample_latents(trained, noise[i:i + 1], 3, churn, 7, first=i)
+        torch.testing.assert_close(many[i:i + 1], alone, rtol=1e-4, atol=1e-4)
+    other_seed = sample.sample_latents(trained, noise[:1], 3, churn, 8)
+    same = torch.allclose(other_seed, many[:1], rtol=1e-4, atol=1e-4)
+    assert same == (churn == 0)                            # the seed is that of the fresh noise
 
 
-def test_a_reader_learns_attributes_that_it_has_not_seen_together():
-    # Objects of two flat colours, above and below; the kind is the shade of the rest.
-    rng, colours = np.random.default_rng(0), list(data.COLOURS)
-    picks = [rng.choice(8, 2, replace=False) for _ in range(256)]
-    kinds = rng.integers(5, size=256)
-    images = torch.zeros(256, 4, 16, 16, 3)
-    for picture, (a, b), kind in zip(images, picks, kinds):
-        picture[:, :5], picture[:, 5:10] = (torch.tensor(data.COLOURS[colours[i]]) for i in (a, b))
-        picture[:, 10:] = kind / 4
-    captions = [f"a {colours[a]} {sample.KINDS[k]} with {colours[b]} legs"
-                for (a, b), k in zip(picks, kinds)]
-    none = torch.zeros(0)
-    dataset = data.Dataset((images.flatten(0, 1) * 255).byte(), torch.full((1024, 16, 16), 255),
-                           none, none, torch.arange(256).repeat_interleave(4), none,
-                           [str(i) for i in range(256)], captions, "", [])
-    reader = sample.fit_reader(dataset, epochs=12)
-    seen = sample.read_attributes(reader, images.movedim(-1, 2))
-    assert min(sample.attribute_scores(captions, seen)) > 0.97
-    assert max(sample.attribute_scores(captions[1:] + captions[:1], seen)[:1]) < 0.3
+@pytest.mark.parametrize("churn", [0.0, 40.0])
+def test_latents_of_an_untrained_denoiser_are_the_gaussian_it_assumes_denormalized(folder, churn):
+    """D = c_skip x is exact for N(0, 0.5^2), so latents are m + 0.5 s / spread N(0, 1)."""
+    trained = sample.load_run(folder)
+    trained.normalizer.spread = 0.8
+    noise = sample.latent_noise(trained, 8, 0)
+    latents = sample.sample_latents(trained, noise, steps=64, churn=churn)
+    assert latents.dtype == torch.float32
+    assert latents.mean().item() == pytest.approx(-3, abs=0.05)
+    assert latents.std().item() == pytest.approx(0.5 * 2.0 / 0.8, rel=0.03)
 
 
-def test_the_reader_reads_99_percent_of_what_true_objects_have_and_is_learned_once(tmp_path):
-    reader = sample.reader_of(tmp_path, dict(size=64, seed=0))                # of seed 1's objects
-    true = data.load("synthetic", 64, 0, 0, 240, 8)
-    frames = torch.stack([true.frames_of(k) for k in range(true.n_objects)])
-    seen = sample.read_attributes(reader, true.batch(frames, 64)[0])
-    colours, parts = sample.attribute_scores(true.captions, seen)
-    assert min(colours, parts) >= 0.99
-    # What nobody asked for is not seen either, or "everything is there" would score 100 %.
-    invented = [found - sample.asked_for(c)[1] for c, (_, found) in zip(true.captions, seen)]
-    assert sum(map(len, invented)) < 0.02 * sum(len(sample.asked_for(c)[1]) for c in true.captions)
-    again = sample.reader_of(tmp_path, dict(size=64, seed=0)).state_dict()
-    assert all(torch.equal(value, again[name]) for name, value in reader.state_dict().items())
+def test_volumes_are_what_the_decoder_makes_of_latents(folder):
+    trained = sample.open_run(folder)
+    latents = sample.training_latents(trained)
+    assert latents.shape == (3, 16, 4, 4, 4)
+    volumes = trained.autodecoder(torch.arange(3))
+    torch.testing.assert_close(sample.decode(trained, latents), volumes)
+    torch.testing.assert_close(sample.decode(trained, latents.repeat(6, 1, 1, 1, 1))[15:], volumes)
 
 
-def test_diffused_volumes_are_the_decoders_own(folder):
-    run = sample.load_run(folder)
-    volumes = sample.decode(run, sample.training_latents(run))
-    run.settings = SETTINGS | {"space": "volume"}
-    raw = sample.training_latents(run)
-    assert raw.shape == (3, 4, 16, 16, 16) and sample.diffused_shape(run.settings) == (4, 16)
-    torch.testing.assert_close(sample.decode(run, raw), volumes)
-    assert sample.latent_noise(run, 2, 0).shape == (2, 4, 16, 16, 16)
+def exact_rows(n, mean, covariance, seed=0):
+    """n rows whose mean and (n - 1) covariance are exactly as asked."""
+    x = torch.randn(n, len(mean), generator=generator(seed), dtype=F64)
+    x = x - x.mean(0)
+    root = torch.linalg.cholesky(torch.cov(x.T))
+    white = torch.linalg.solve_triangular(root, x.T, upper=False).T
+    return white @ torch.linalg.cholesky(covariance).T + mean
 
 
-def test_flags_that_cannot_work_are_refused_before_anything_is_made(folder):
-    for flags, *words in [(["--evaluate", "--n", "8"], "8 samples x 10 views", "--n 25"),
-                          (["--evaluate", "--direct", "normal"], "--direct"),
-                          (["--prompt", "a red chair", "--identity", "0"], "--prompt"),
-                          (["--prompt", "a red chair"], "--text"),
-                          (["--interpolate", "1", "2", "--direct", "normal"], "--interpolate"),
-                          (["--interpolate", "1", "2", "--identity", "0"], "--identity"),
-                          (["--interpolate", "3", "3"], "two seeds"),
-                          (["--churn", "-5"], "--churn"), (["--churn", "nan"], "--churn"),
-                          (["--guidance", "inf"], "--guidance"), (["--device", "meta"], "meta"),
-                          (["--drive", "0003"], "do not move"), (["--views", "x"], "--views")]:
-        refused(lambda: sample.main(["--run", str(folder), *flags]), *words)
-    assert sorted(p.name for p in folder.iterdir()) == ["stage1.pt", "stage2.pt"]
+@pytest.mark.parametrize("kind", ["fitted", "normal"])
+def test_direct_latents_have_the_covariance_that_they_promise(kind):
+    """With the linear layer as the identity and G1 nothing else, a latent IS its embedding."""
+    model = AutoDecoder(nn.Embedding(7, 8), embed_dim=8, channels=1, start_side=2, volume_side=4,
+                        latent_side=2)
+    variances = torch.tensor([4.0, 1, 9, 0.25], dtype=F64)
+    four = exact_rows(7, torch.arange(4, dtype=F64), torch.diag(variances))
+    e = torch.cat([four, four @ torch.full((4, 4), 0.5, dtype=F64)], 1).float()    # rank 4 of 8
+    with torch.no_grad():
+        model.linear.weight.copy_(torch.eye(8))
+        model.linear.bias.zero_()
+        model.embedding.weight.copy_(e)
+    trained = SimpleNamespace(autodecoder=model, names=list("abcdefg"), device="cpu")
+    drawn = sample.direct_latents(trained, 40_000, 3, kind).flatten(1)
+    mean, covariance = torch.zeros(8), torch.eye(8)
+    if kind == "fitted":
+        mean, covariance = e.mean(0), e.T.cov()
+    scale = covariance.diagonal().sqrt()
+    torch.testing.assert_close(drawn.mean(0) / scale, mean / scale, rtol=0, atol=0.025)
+    unit = scale * scale[:, None]
+    torch.testing.assert_close(drawn.T.cov() / unit, covariance / unit, rtol=0, atol=0.04)
+    assert torch.equal(drawn, sample.direct_latents(trained, 40_000, 3, kind).flatten(1))
 
 
-def test_an_interpolation_begins_and_ends_at_the_samples_of_its_seeds(folder, monkeypatch):
-    run, shown = sample.load_run(folder), []
-    run.denoiser.unet.last[-1].weight.data.normal_(generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(sample, "decode", lambda run, latents: shown.append(latents) or
-                        torch.zeros(len(latents), 4, 16, 16, 16))
-    sample.save_interpolation(run, folder, (1, 2), 3)
-    ends = torch.cat([sample.latent_noise(run, 1, seed) for seed in (1, 2)])
-    torch.testing.assert_close(shown[0][[0, -1]], sample.sample_latents(run, ends, 3), rtol=1e-4,
-                               atol=1e-4)
-    assert (shown[0][18] - shown[0][0]).norm() > 1 and shown[0].isfinite().all()
+# ---- Text ----------------------------------------------------------------------------------------
 
 
-# ---- Weights that somebody else trained ---------------------------------------------------------
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("text"), lively=True, text=True)
 
 
-def vgg16_weights():
-    """Random weights of torchvision's VGG-16 layout."""
-    weights, c_in, generator = {}, 3, torch.Generator().manual_seed(0)
-    for i, width in zip([0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28],
-                        [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6):
-        weight = torch.randn(width, c_in, 3, 3, generator=generator)
-        weights[f"features.{i}.weight"] = weight * (2 / (9 * c_in))**0.5
-        weights[f"features.{i}.bias"], c_in = torch.zeros(width), width
-    return weights
+def test_a_prompt_is_heard_and_the_empty_one_is_no_prompt(text_run):
+    trained = sample.open_run(text_run)
+    noise = sample.latent_noise(trained, 2, 0)
+    no_prompt = sample.sample_latents(trained, noise, 2, 0.0)
+    red = sample.sample_prompts(trained, noise, ["a red chair"] * 2, 2, 0.0, guidance=1)
+    blue = sample.sample_prompts(trained, noise, ["a blue table"] * 2, 2, 0.0, guidance=1)
+    assert (red - blue).abs().max() > 0.05 and (red - no_prompt).abs().max() > 0.05
+    for guidance in (0, 1, 7.0):                           # given and free answer alike
+        null = sample.sample_prompts(trained, noise, [""] * 2, 2, 0.0, guidance=guidance)
+        torch.testing.assert_close(null, no_prompt, rtol=0, atol=5e-3)
+    unheard = sample.sample_prompts(trained, noise, ["a red chair"] * 2, 2, 0.0, guidance=0)
+    torch.testing.assert_close(unheard, no_prompt, rtol=0, atol=5e-3)
 
 
-def test_lpips_is_its_formula_and_says_which_file_is_wrong(tmp_path):
-    vgg, linear = vgg16_weights(), {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in
-                                    enumerate((64, 128, 256, 512, 512))}
-    for name, state in (("vgg16.pth", vgg), ("vgg.pth", linear)):
-        torch.save(state, tmp_path / name)
-    lpips = sample.load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")
-    a, b = (torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
-    assert lpips(a, a).tolist() == [0, 0] and lpips(a, b).min() > 0
-    maps, expected = [], 0
-    for x in (a, b):                         # the network, written out
-        x = x.sub(torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
-        x, mine = x / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), []
-        for stage in ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)):
-            for i in stage:
-                x = torch.nn.functional.conv2d(x, vgg[f"features.{i}.weight"], padding=1).relu()
-            mine.append(x / x.square().sum(1, keepdim=True).sqrt())
-            x = torch.nn.functional.max_pool2d(x, 2)
-        maps.append(mine)
-    for i, (x, y) in enumerate(zip(*maps)):
-        expected = expected + (linear[f"lin{i}.model.1.weight"] * (x - y)**2).sum(1).mean((1, 2))
-    torch.testing.assert_close(lpips(a, b), expected)
-    refused(lambda: sample.load_lpips(tmp_path / "vgg.pth", tmp_path / "vgg.pth"), "vgg16-397923af")
-    refused(lambda: sample.load_lpips(tmp_path / "vgg16.pth", tmp_path / "no.pth"), "no.pth")
-    refused(lambda: sample.load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg16.pth"), "vgg.pth")
-    torch.save(torch.zeros(3), tmp_path / "one.pth")                          # no dict
-    refused(lambda: sample.load_lpips(tmp_path / "one.pth", tmp_path / "vgg.pth"), "one.pth")
+def test_each_sample_hears_its_own_prompt_and_has_its_own_fresh_noise(text_run):
+    trained = sample.open_run(text_run)
+    noise = sample.latent_noise(trained, 66, 0)
+    prompts = ["a red chair"] * 65 + ["a blue table"]
+    many = sample.sample_prompts(trained, noise, prompts, 4, 40.0, 5)
+    alone = sample.sample_prompts(trained, noise[:2], prompts[:2], 4, 40.0, 5)
+    torch.testing.assert_close(many[:2], alone, rtol=0, atol=5e-3)
+    swapped = sample.sample_prompts(trained, noise, prompts[::-1], 4, 40.0, 5)
+    changed = (many - swapped).abs().flatten(1).amax(1) > 0.05
+    assert changed.nonzero()[:, 0].tolist() == [0, 65]
+    unheard = sample.sample_prompts(trained, noise, prompts, 4, 40.0, 5, guidance=0)
+    no_prompt = sample.sample_latents(trained, noise, 4, 40.0, 5)
+    torch.testing.assert_close(unheard, no_prompt, rtol=0, atol=5e-3)
 
 
-def test_inception_without_torch_fidelity_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)   # as where it was never installed
-    refused(lambda: sample.load_inception(tmp_path / "w.pth"), "pip install torch-fidelity")
+def test_a_prompt_of_unknown_or_too_many_words_is_warned_of(text_run, folder, capsys):
+    trained = sample.open_run(text_run)
+    sample.check_prompt(trained, "a red chair")
+    assert capsys.readouterr().err == ""
+    sample.check_prompt(trained, "a crimson crimson chair")
+    assert capsys.readouterr().err.count("crimson") == 1
+    sample.check_prompt(trained, "red " * 40)
+    assert "first 31 words" in capsys.readouterr().err
+    refused(lambda: sample.check_prompt(sample.open_run(folder), "a red chair"), "--text")
 
 
-def test_inception_reads_numbers_only(tmp_path, monkeypatch):
-    module = SimpleNamespace(FeatureExtractorInceptionV3=lambda *a: pytest.fail("it was trusted"))
-    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
-    torch.save(Path("code"), tmp_path / "w.pth")               # a pickled object, not numbers
-    refused(lambda: sample.load_inception(tmp_path / "w.pth"), "w.pth", "weights-inception")
+# ---- Views ---------------------------------------------------------------------------------------
 
 
-# ---- Runs side by side --------------------------------------------------------------------------
+def test_turntable_views_are_in_order_whatever_the_batches(folder):
+    trained = sample.load_run(folder)
+    volumes = torch.zeros(18, 4, 8, 8, 8)
+    volumes[:, 0, :, :, 6:] = 50                           # on the right, +x
+    volumes[:, 1:] = torch.rand(18, 3, 1, 1, 1)
+    rgb, occupancy = sample.render_views(trained, volumes, [0.0, math.pi, 1.0], 8)
+    assert rgb.shape == (18, 3, 3, 8, 8) and occupancy.shape == (18, 3, 1, 8, 8)
+    for i, v, azimuth in [(0, 0, 0.0), (17, 0, 0.0), (17, 2, 1.0), (3, 1, math.pi)]:
+        alone, _ = sample.render_views(trained, volumes[i:i + 1], [azimuth], 8)
+        torch.testing.assert_close(rgb[i, v], alone[0, 0])
+    left = occupancy[..., :4].sum((2, 3, 4))               # (18, 3)
+    right = occupancy[..., 4:].sum((2, 3, 4))
+    assert (right > left)[:, 0].all() and (left > right)[:, 1].all()   # from behind: left
 
 
-def test_compared_runs_are_grouped_by_what_differs_and_summed_up_over_seeds(tmp_path, capsys):
-    for i, (depth, seed, fd) in enumerate([(1, 0, 3.0), (1, 1, 1.0), (1, 2, 2.0), (4, 0, 0.5)]):
-        (tmp_path / str(i)).mkdir()
-        (tmp_path / str(i) / "metrics.json").write_text(json.dumps({
-            "fd": fd, "seconds_per_sample": 0.1,
-            "settings": {"seed": seed, "decoder_depth": depth, "size": 64}}))
-    sample.main(["--compare", *(str(tmp_path / str(i)) for i in range(4)), "--out", str(tmp_path)])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[0] == ["runs", "fd", "seconds_per_sample"]
-    assert rows[1][:6] == ["decoder_depth", "1", "3", "2", "(1,", "3)"]
-    assert rows[2][:6] == ["decoder_depth", "4", "1", "0.5", "(0.5,", "0.5)"]
-    assert (tmp_path / "compare.png").stat().st_size > 1000
-    refused(lambda: sample.main(["--compare", str(tmp_path)]), "metrics.json", str(tmp_path))
+def test_the_turntable_shows_a_ball_of_radius_1_3_from_rim_to_rim(folder):
+    trained = sample.open_run(folder)
+    for distance in (1.8, 4.0, 20.0):
+        trained.view = {"distance": distance, "elevation": 0.3}
+        cam2world, intrinsics = sample.view_from(trained, 0.5)
+        assert cam2world[:3, 3].norm().item() == pytest.approx(distance, rel=1e-5)
+        # Where the ray through the middle of the picture's edge passes the origin.
+        o, d = render.camera_rays(cam2world, intrinsics, 1001)
+        along = (o * d).sum(-1, keepdim=True)
+        passes = (o - along * d).norm(dim=-1)[500]         # (1001,) of the middle row
+        assert passes[0].item() == pytest.approx(1.3, abs=0.01)
+        assert passes[500].item() == pytest.approx(0, abs=1e-4)
 
 
-def test_runs_of_stage_1_alone_and_of_other_numbers_of_samples_are_kept_apart(tmp_path, capsys):
-    for name, numbers in (("a", {}), ("b", {}), ("c", {"fd": 1.0, "samples": 128}),
-                          ("d", {"fd": 2.0, "samples": 256})):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.json").write_text(json.dumps(
-            {"psnr_heldout": 20.0, "settings": {"seed": 0}} | numbers))
-    runs = [str(tmp_path / name) for name in "abcd"]
-    sample.main(["--compare", *runs[:2], "--out", str(tmp_path)])            # nothing to draw
-    assert not (tmp_path / "compare.png").exists()
-    capsys.readouterr()
-    sample.main(["--compare", *runs, "--out", str(tmp_path)])
-    rows = capsys.readouterr().out.splitlines()
-    assert [row.split()[:3] for row in rows[1:4]] == [
-        ["samples", "None", "2"], ["samples", "128", "1"], ["samples", "256", "1"]]
+def test_films_show_full_rows_of_four_in_order_of_time():
+    values = torch.arange(12.0)                            # object o at time t: 2 o + t
+    views = values.view(6, 2, 1, 1, 1).expand(6, 2, 3, 4, 4)
+    frames = sample.film_frames(views)
+    assert frames.shape == (2, 3, 6, 24)                   # a row of four; two objects are left out
+    assert frames[0, 0, 3, 3::6].tolist() == [0, 2, 4, 6]
+    assert frames[1, 0, 3, 3::6].tolist() == [1, 3, 5, 7]
+    assert sample.film_frames(views[:3]).shape == (2, 3, 6, 18)
+    assert sample.film_frames(views.repeat(2, 1, 1, 1, 1)).shape == (2, 3, 18, 24)
+
+
+def test_the_sheet_shows_a_row_a_side_of_up_to_eight_objects():
+    values = torch.arange(34.0)                            # object o from side v: 2 o + v
+    views = values.view(17, 2, 1, 1, 1).expand(17, 2, 3, 4, 4)
+    rows = [row[:, 0, 0, 0].tolist() for row in sample.rows_of_eight(views)]
+    assert rows == [list(range(0, 16, 2)), list(range(1, 16, 2)),
+                    list(range(16, 32, 2)), list(range(17, 32, 2))]
+
+
+def test_the_nearest_training_object_of_a_copy_is_its_original(folder):
+    trained = sample.open_run(folder)
+    volumes = torch.rand(3, 4, 8, 8, 8, generator=generator())
+    index, distance = sample.nearest_training(trained, volumes[[2, 0]] * 1.001, volumes)
+    assert index.tolist() == [2, 0] and distance.max() < 0.01
+    red = torch.tensor([50.0, 1, 0, 0]).view(1, 4, 1, 1, 1).expand(1, 4, 8, 8, 8)
+    green = torch.tensor([50.0, 0, 1, 0]).view(1, 4, 1, 1, 1).expand(1, 4, 8, 8, 8)
+    _, distance = sample.nearest_training(trained, red, green)
+    assert 0.1 < distance.item() < math.sqrt(2 / 3)        # most: all off by (1, -1, 0)
+
+
+def test_samples_are_drawn_without_decoding_a_single_training_object(tmp_path):
+    trained = sample.open_run(make_run(tmp_path, lively=True))
+    trained.autodecoder.embedding = None                   # any use of it is an error
+    with small_pictures():
+        _, paths = sample.save_any_samples(trained, tmp_path, 8, 2, 0, 40.0)
+    assert all(path.stat().st_size > 100 for path in paths)
+    with pytest.raises(TypeError):
+        sample.save_sample_sheet(tmp_path, trained, torch.zeros(1, 4, 16, 16, 16), nearest=True)
+
+
+def test_both_readings_draw_the_same_objects(tmp_path):
+    run = make_run(tmp_path, lively=True)
+    with small_pictures():
+        above, paths = sample.save_samples(sample.load_run(run), tmp_path / "a", 2, 4, 3, 40.0)
+        below, more = sample.save_any_samples(sample.open_run(run), tmp_path / "b", 2, 4, 3, 40.0)
+    assert torch.equal(above, below)
+    gif, other_gif = tmp_path / "a" / "turntable.gif", tmp_path / "b" / "turntable.gif"
+    assert gif in paths and other_gif in more and gif.read_bytes() == other_gif.read_bytes()
+
+
+# ---- Scores of stage 1 ---------------------------------------------------------------------------
+
+
+def test_an_empty_decoder_scores_what_black_pictures_score():
+    images = torch.randint(0, 256, (10, 8, 8, 3), dtype=torch.uint8, generator=generator())
+    masks = torch.randint(0, 256, (10, 8, 8), dtype=torch.uint8, generator=generator(1))
+    cameras = render.orbit(torch.arange(10.0), torch.zeros(10), 4.0)
+    dataset = data.Dataset(
+        images, masks, cameras, torch.tensor([[1.0, 1.0, 0.5, 0.5]]).expand(10, 4),
+        torch.arange(10) % 2, torch.arange(10) > 0, ["a", "b"], ["", ""], "", [])
+
+    class Empty(nn.Module):
+        def forward(self, k):
+            return torch.zeros(len(k), 4, 8, 8, 8)
+
+    state = SimpleNamespace(autodecoder=Empty(), posenet=None, device="cpu")
+    scores = sample.score_heldout(state, dataset)
+    error = (images[1:].double() / 255).square().mean((1, 2, 3))
+    psnr = (-10 * error.log10()).mean()
+    assert scores["psnr_heldout"] == pytest.approx(psnr.item(), abs=1e-3)
+    covered = (masks[1:].double() / 255).mean()
+    assert scores["mask_heldout"] == pytest.approx(covered.item(), abs=1e-4)
+    dataset.heldout[:] = False
+    assert sample.score_heldout(state, dataset) == {}
+
+
+def test_scoring_in_the_middle_of_training_is_in_evaluation_mode_and_moves_nothing(folder):
+    trained = sample.open_run(folder)
+    dataset = data.load_for(trained.data_settings, "synthetic")
+    scores = sample.score_heldout(trained, dataset)
+    trained.autodecoder.train()
+    before = {name: value.clone() for name, value in trained.autodecoder.state_dict().items()}
+    assert sample.score_heldout(trained, dataset) == scores
+    sample.save_training_sheet(folder / "training.png", trained, dataset)
+    for name, value in trained.autodecoder.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_frames_to_show_are_held_out_ones_where_there_are_any():
+    dataset = SimpleNamespace(heldout=torch.arange(20) % 2 == 1)
+    frames, kind = sample.frames_to_show(dataset, 4)
+    assert kind == "held-out" and frames.tolist() == [1, 7, 13, 19]
+    dataset.heldout[:] = False
+    frames, kind = sample.frames_to_show(dataset, 30)
+    assert kind == "training" and frames.tolist() == list(range(20))
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+def test_pictures_are_white_where_there_is_nothing_and_normals_are_colours():
+    views = {
+        "rgb": torch.tensor([0.0, 0.3]).expand(1, 3, 1, 2),
+        "occupancy": torch.tensor([0.0, 1.0]).view(1, 1, 1, 2),
+        "depth": torch.tensor([0.0, 2.0]).view(1, 1, 1, 2),
+        "normal": torch.tensor([[0, 0.0], [0, 1], [0, -1]]).view(1, 3, 1, 2),
+        "parts": torch.tensor([[0.0, 1.0], [0.0, 0.0]]).view(1, 2, 1, 2),
+    }
+    white = sample.on_white(views["rgb"], views["occupancy"])
+    assert white[0, 0, 0].tolist() == pytest.approx([1, 0.3])
+    assert sample.depth_picture(views)[0, :, 0, 0].tolist() == [1, 1, 1]
+    assert sample.normal_picture(views)[0, :, 0].tolist() == [[1, 0.5], [1, 1], [1, 0]]
+    part = [0.55 + 0.45 * math.cos(angle) for angle in (0.0, 2.1, 4.2)]
+    assert sample.parts_picture(views)[0, :, 0, 1].tolist() == pytest.approx(part)
+    assert sample.parts_picture(views)[0, :, 0, 0].tolist() == [1, 1, 1]
+    assert sample.to_uint8(torch.tensor([-1, 0.5, 2.0]).view(3, 1, 1)).tolist() == [[[0, 128, 255]]]
+
+
+def test_depth_is_grey_from_near_and_dark_to_far_and_light():
+    views = {"rgb": torch.zeros(1, 3, 1, 4), "occupancy": torch.tensor([[[[1.0, 1, 1, 0]]]]),
+             "depth": torch.tensor([[[[2.0, 3, 4, 0]]]])}
+    assert sample.depth_picture(views)[0, 0, 0].tolist() == pytest.approx([0.1, 0.5, 0.9, 1])
+    views["occupancy"][:] = 0
+    assert sample.depth_picture(views).min() == 1
+
+
+# ---- Between two objects -------------------------------------------------------------------------
+
+
+def test_an_arc_between_noises_has_their_length_and_both_ends():
+    a = torch.randn(1, 16, 4, 4, 4, generator=generator(1))
+    b = torch.randn(1, 16, 4, 4, 4, generator=generator(2))
+    arc = sample.arc_between(a, b, torch.linspace(0, 1, 5))
+    torch.testing.assert_close(arc[[0, -1]], torch.cat([a, b]))
+    length = arc.flatten(1).norm(dim=1)
+    assert length.min() > 0.97 * min(a.norm(), b.norm())   # the chord's middle: 0.71
+
+
+def test_the_last_picture_of_an_interpolation_is_the_object_of_its_last_seed(tmp_path):
+    trained = sample.open_run(make_run(tmp_path, lively=True))
+    with small_pictures():
+        sample.save_interpolation(trained, tmp_path, (1, 2), 2)
+    sheet = iio.imread(tmp_path / "interpolation.png")[..., :3].astype(int)
+    height, width, _ = sheet.shape
+
+    def places_of(seed):
+        """The columns of the sheet in which the object of a seed begins."""
+        latents = sample.sample_latents(trained, sample.latent_noise(trained, 1, seed), 2, 0.0)
+        rgb, occupancy = sample.render_views(trained, sample.decode(trained, latents), [0.6], 24)
+        picture = sample.to_uint8(sample.on_white(rgb, occupancy))[0, 0].astype(int)
+        found = set()
+        for y in range(height - 23):
+            for x in range(width - 23):
+                if abs(sheet[y:y + 24, x:x + 24] - picture).max() <= 2:
+                    found.add(x)
+        return found
+
+    (first,), (last,) = places_of(1), places_of(2)
+    assert last - first == 8 * 26                          # the first and the last of nine
+    assert not places_of(3)
+
+
+# ---- What moves ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def moving_run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("moving"), "puppets", ["0000", "0001", "0002"],
+                    lively=True, parts=2)
+
+
+def test_what_moves_is_seen_in_its_poses_and_from_all_parts_cameras(moving_run):
+    trained = sample.open_run(moving_run)
+    assert trained.poses.shape == (5, 2, 4, 4)
+    volumes = trained.autodecoder(torch.arange(3))
+    assert volumes.shape == (3, 6, 16, 16, 16)
+    rgb, occupancy = sample.render_any_views(trained, volumes, [0.0, 0.3], 16, pose=3)
+    assert rgb.shape == (3, 2, 3, 16, 16)
+    # The same by hand: of azimuth 0 and elevation 0 is the clip's own camera.
+    trained.view["elevation"] = 0.0
+    rgb, occupancy = sample.render_any_views(trained, volumes, [0.0], 16, pose=3)
+    focal = trained.posenet.focal
+    lens = torch.tensor([focal, focal, 0.5, 0.5]).expand(3, 1, 4)
+    cameras = trained.poses[3].expand(3, 1, 2, 4, 4)
+    true, _ = render.render_moving(volumes, cameras, lens, 16, 64)
+    torch.testing.assert_close(rgb, true, rtol=1e-3, atol=1e-3)
+    views = sample.geometry_views(trained, volumes, 0.0, 16, pose=3)
+    torch.testing.assert_close(views["rgb"], rgb[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(views["parts"].sum(1, keepdim=True), views["occupancy"])
+
+
+def test_a_subject_is_driven_by_the_poses_that_the_clips_frames_show(moving_run):
+    trained = sample.open_run(moving_run)
+    pictures = sample.load_driving(trained, "0001")
+    settings = SimpleNamespace(**settings_of(parts=2, objects="0001", holdout=0))
+    clip = data.load_for(settings, "puppets")
+    images, masks = clip.batch(torch.arange(6), 32)
+    torch.testing.assert_close(pictures, images + 1 - masks)
+    expected = sample.cameras_of(trained, clip, torch.arange(6))
+    assert trained.poses.shape == (6, 2, 4, 4) and torch.equal(trained.poses, expected)
+    refused(lambda: sample.load_driving(trained, "0007"), "0007")
+
+
+# ---- Command line: no flag is ignored in silence -------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory, text_run, moving_run):
+    """drawn(kind, *flags): what sample.py writes, {name: bytes}; each command is run once."""
+    runs = {"text": text_run, "moving": moving_run}
+    runs["rigid"] = make_run(tmp_path_factory.mktemp("rigid"), lively=True)
+    runs["other"] = make_run(tmp_path_factory.mktemp("other"), lively=True, channels=32)
+    known = {}
+
+    def draw(kind, *flags):
+        if (kind, flags) not in known:
+            out = tmp_path_factory.mktemp("out")
+            with small_pictures():
+                sample.main(["--run", str(runs[kind]), "--out", str(out), *flags])
+            known[kind, flags] = {path.name: path.read_bytes() for path in out.iterdir()}
+        return known[kind, flags]
+
+    return draw
+
+
+# A flag, the kind of run, a command without it, and the same with it.
+CHANGES = {
+    "--n": ("rigid", ["--n", "1"], ["--n", "2"]),
+    "--seed": ("rigid", ["--n", "1"], ["--n", "1", "--seed", "1"]),
+    "--steps": ("rigid", ["--n", "1"], ["--n", "1", "--steps", "3"]),
+    "--churn": ("rigid", ["--n", "1"], ["--n", "1", "--churn", "0"]),
+    "--direct": ("rigid", ["--n", "1"], ["--n", "1", "--direct", "fitted"]),
+    "--identity": ("rigid", ["--n", "1"], ["--identity", "1"]),
+    "--interpolate": ("rigid", ["--n", "1"], ["--n", "1", "--interpolate", "1", "2"]),
+    "--nearest": ("rigid", ["--n", "1"], ["--n", "1", "--nearest"]),
+    "--prompt": ("text", ["--n", "1"], ["--n", "1", "--prompt", "a red chair"]),
+    "--guidance": ("text", ["--n", "1", "--prompt", "a red chair"],
+                   ["--n", "1", "--prompt", "a red chair", "--guidance", "9"]),
+    "--drive": ("moving", ["--n", "1"], ["--n", "1", "--drive", "0001"]),
+}
+NAMED_IN_AN_ERROR = {
+    "--run": ["--run", "nowhere"],
+    "--device": ["--device", "gpu"],
+}
+
+
+@pytest.mark.parametrize("flag", CHANGES)
+def test_a_flag_changes_what_is_drawn(drawn, flag):
+    kind, without, with_it = CHANGES[flag]
+    assert drawn(kind, *without) != drawn(kind, *with_it)
+
+
+def test_every_flag_is_tested_here():
+    flags = set()
+    for action in sample.make_parser()._actions:
+        flags |= set(action.option_strings)
+    tested = {*CHANGES, *NAMED_IN_AN_ERROR, "--out", "--mesh"}
+    assert flags == tested | {"-h", "--help"}
+
+
+def test_another_run_and_another_kind_of_direct_sampling_draw_other_objects(drawn):
+    one, other = drawn("rigid", "--n", "1"), drawn("other", "--n", "1")
+    assert one["samples.png"] != other["samples.png"]
+    fitted = drawn("rigid", "--n", "1", "--direct", "fitted")
+    normal = drawn("rigid", "--n", "1", "--direct", "normal")
+    assert fitted["samples.png"] != normal["samples.png"]
+    for flags in NAMED_IN_AN_ERROR.values():
+        refused(lambda: sample.main(flags), flags[1])
+
+
+def test_what_is_not_asked_for_is_what_the_run_says(drawn):
+    said = drawn("text", "--n", "1", "--prompt", "a red chair")
+    asked = drawn("text", "--n", "1", "--prompt", "a red chair", "--steps", "4", "--churn", "40",
+                  "--guidance", "3", "--seed", "0")
+    assert said == asked
+
+
+def test_the_files_of_a_moving_subject_and_of_a_training_object(drawn):
+    motion = {"motion.png", "views.png", "motion.gif", "motion.mp4"}
+    film = {"turntable.gif", "turntable.mp4"}
+    assert set(drawn("rigid", "--identity", "1")) == film
+    driven = drawn("moving", "--n", "1", "--drive", "0001")
+    assert set(driven) == motion | film | {"samples.png", "geometry.png"}
+    identity = drawn("moving", "--identity", "1", "--drive", "0001")
+    assert set(identity) == motion | film
+    assert identity["motion.png"] != driven["motion.png"]
+
+
+def test_an_interpolation_is_of_the_prompt_too(drawn):
+    path = ["--n", "1", "--interpolate", "1", "2"]
+    heard = drawn("text", *path, "--prompt", "a red chair", "--guidance", "9")
+    assert heard["interpolation.png"] != drawn("text", *path)["interpolation.png"]
+
+
+def test_results_go_beside_the_run_where_no_folder_is_named(tmp_path):
+    run = make_run(tmp_path)
+    with small_pictures():
+        sample.main(["--run", str(run), "--n", "1", "--direct", "normal"])
+    assert (run / "samples-direct" / "samples.png").stat().st_size > 100
+    assert not (run / "samples").exists()
+
+
+VALUES = {"n": ["2"], "seed": ["1"], "steps": ["3"], "churn": ["0"], "direct": ["normal"],
+          "prompt": ["a red chair"], "guidance": ["2"], "interpolate": ["1", "2"], "nearest": [],
+          "identity": ["0"]}
+WITHOUT_DIFFUSION = ["steps", "churn", "prompt", "guidance", "interpolate"]
+WITHOUT_CHANCE = WITHOUT_DIFFUSION + ["n", "seed", "direct", "nearest"]
+
+
+@pytest.mark.parametrize("flag, other", [("direct", other) for other in WITHOUT_DIFFUSION]
+                         + [("identity", other) for other in WITHOUT_CHANCE])
+def test_flags_that_do_not_go_together_are_refused_by_name_before_anything_is_read(flag, other):
+    flags = [f"--{flag}", *VALUES[flag], f"--{other}", *VALUES[other]]
+    refused(lambda: sample.main(["--run", "nowhere", *flags]), f"--{flag}", f"--{other}")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--steps", "0"], ["--steps", "at least 1"]),
+    (["--n", "0"], ["--n", "at least 1"]),
+    (["--churn", "-5"], ["--churn"]),
+    (["--churn", "nan"], ["--churn"]),
+    (["--guidance", "2"], ["--guidance", "--prompt"]),
+    (["--prompt", "a red chair", "--guidance", "inf"], ["--guidance"]),
+    (["--interpolate", "3", "3"], ["two seeds"]),
+    (["--evaluate"], ["--evaluate"]),
+    (["--step", "3"], ["--step", "--steps"]),
+])
+def test_flags_that_cannot_work_are_refused_before_anything_is_read(flags, words):
+    refused(lambda: sample.main(["--run", "nowhere", *flags]), *words)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--prompt", "a red chair"], ["--text"]),
+    (["--drive", "0003"], ["do not move"]),
+    (["--identity", "5"], ["0 to 2"]),
+    (["--identity", "-1"], ["0 to 2"]),
+])
+def test_what_a_run_cannot_do_is_refused_before_anything_is_made(folder, flags, words):
+    refused(lambda: sample.main(["--run", str(folder), *flags]), *words)
+    assert sorted(path.name for path in folder.iterdir()) == ["stage1.pt", "stage2.pt"]
+
+
+# ---- Meshes --------------------------------------------------------------------------------------
+
+
+def test_a_mesh_without_scikit_image_says_what_to_install_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)      # as where it was never installed
+    monkeypatch.setitem(sys.modules, "skimage.measure", None)
+    refused(lambda: sample.main(["--run", "nowhere", "--mesh"]), "pip install scikit-image")
+    refused(lambda: sample.save_mesh(tmp_path / "m.ply", torch.zeros(4, 8, 8, 8)), "scikit-image")
+    assert not (tmp_path / "m.ply").exists()
+
+
+def test_corners_of_a_mesh_are_voxel_centres_of_the_unpadded_volume_in_x_y_z(tmp_path, monkeypatch):
+    asked = {}
+
+    def marching_cubes(density, level):                    # in place of scikit-image's
+        asked["shape"], asked["level"] = density.shape, level
+        assert density[:, :, 0].max() == density[0].max() == density[:, -1].max() == 0
+        corners = torch.tensor([[1.0, 2, 3], [8, 1, 1], [1, 1, 1]])          # z, y, x
+        return corners.numpy(), torch.tensor([[0, 1, 2]]).numpy(), None, None
+
+    monkeypatch.setitem(sys.modules, "skimage", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "skimage.measure",
+                        SimpleNamespace(marching_cubes=marching_cubes))
+    sample.save_mesh(tmp_path / "m.ply", torch.full((6, 8, 8, 8), 50.0))
+    assert asked["shape"] == (10, 10, 10)
+    assert math.exp(-asked["level"] * 2 / 8) == pytest.approx(0.5)           # half of the light
+    lines = (tmp_path / "m.ply").read_text().splitlines()
+    corners = [[float(v) for v in line.split()[:3]] for line in lines[12:15]]
+    assert corners == [[-0.375, -0.625, -0.875], [-0.875, -0.875, 0.875], [-0.875] * 3]
+
+
+def ball_volume(side, centre, radius):
+    """An orange ball whose density falls through ln 2 side / 2 just at its radius: (4, D, H, W)."""
+    position = (2 * torch.arange(side) + 1) / side - 1
+    z, y, x = torch.meshgrid(position, position, position, indexing="ij")
+    r = (torch.stack([x, y, z], -1) - centre).norm(dim=-1)
+    volume = torch.zeros(4, side, side, side)
+    volume[0] = ((radius - r) * 16 + 0.5).clamp(0, 1) * math.log(2) * side
+    volume[1:, r < radius + 0.05] = torch.tensor([[1.0], [0.5], [0.0]])
+    return volume
+
+
+def test_surface_colours_are_those_of_what_is_dense_there():
+    centre = torch.tensor([0.3, -0.2, 0.1])
+    volume = ball_volume(32, centre, 0.5)
+    direction = nn.functional.normalize(torch.randn(200, 3, generator=generator()), dim=1)
+    colours = sample.surface_colours(volume, centre + 0.5 * direction)
+    assert (colours - torch.tensor([255, 127.5, 0])).abs().max() <= 2
+
+
+def test_a_ply_file_lists_corners_with_colours_and_then_faces(tmp_path):
+    points = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0.5]])
+    colours = torch.tensor([[255, 0, 0], [0, 255, 0], [1, 2, 3]])
+    sample.write_ply(tmp_path / "m.ply", points, colours, torch.tensor([[0, 1, 2]]).numpy())
+    lines = (tmp_path / "m.ply").read_text().splitlines()
+    assert lines[:3] == ["ply", "format ascii 1.0", "element vertex 3"]
+    assert lines[3:9] == ["property float x", "property float y", "property float z",
+                          "property uchar red", "property uchar green", "property uchar blue"]
+    assert lines[9:12] == ["element face 1", "property list uchar int vertex_indices", "end_header"]
+    assert lines[12:] == ["0.00000 0.00000 0.00000 255 0 0", "1.00000 0.00000 0.00000 0 255 0",
+                          "0.00000 1.00000 0.50000 1 2 3", "3 0 1 2"]
+
+
+def test_the_mesh_of_a_ball_has_its_place_volume_colour_and_faces_outward(tmp_path):
+    pytest.importorskip("skimage")
+    centre, radius = torch.tensor([0.3, -0.2, 0.1]), 0.5
+    skinning = torch.rand(2, 32, 32, 32)                   # is not looked at
+    volume = torch.cat([ball_volume(32, centre, radius), skinning])
+    sample.save_mesh(tmp_path / "m.ply", volume)
+    lines = (tmp_path / "m.ply").read_text().splitlines()
+    n = int(lines[2].split()[-1])
+    start = lines.index("end_header") + 1
+    rows = torch.tensor([[float(v) for v in line.split()] for line in lines[start:start + n]])
+    faces = torch.tensor([[int(v) for v in line.split()] for line in lines[start + n:]])[:, 1:]
+    assert ((rows[:, :3] - centre).norm(dim=1) - radius).abs().max() < 0.02
+    a, b, c = rows[:, :3][faces].unbind(1)
+    inside = (torch.linalg.cross(a, b) * c).sum() / 6      # negative if the faces look inward
+    assert inside.item() == pytest.approx(4 / 3 * math.pi * radius**3, rel=0.02)
+    assert (rows[:, 3:] - torch.tensor([255, 127.5, 0])).abs().max() <= 2
+    refused(lambda: sample.save_mesh(tmp_path / "e.ply", torch.zeros(4, 8, 8, 8)), "empty")
+    assert not (tmp_path / "e.ply").exists()

@@ -1,12 +1,16 @@
-"""Training: resuming is exact, one object overfits, and a stranger's mistakes get one line."""
+"""train.py: every flag is wired, the loops do what the paper says, resuming is exact, and a
+stranger's mistakes get one line."""
+import argparse
 import csv
+import dataclasses
 import json
+import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -14,41 +18,534 @@ import pytest
 import torch
 
 import data
+import diffusion
+import evaluate
 import render
 import sample
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
 # The smallest run that still goes through everything.
-SMALL = ["--n-objects", "4", "--n-views", "6", "--size", "16", "--volume-side", "16",
-         "--embed-dim", "32", "--channels", "32", "--latent-side", "4", "--n-samples", "16",
-         "--unet-channels", "32", "--unet-attention", "4,2", "--batch-size", "4",
-         "--finer-at", "", "--log-every", "2", "--save-every", "4", "--sample-steps", "4"]
+DATA = ["--n-objects", "4", "--n-views", "6", "--size", "16"]
+DECODER = ["--volume-side", "16", "--embed-dim", "32", "--channels", "32", "--latent-side", "4",
+           "--n-samples", "16", "--finer-at", ""]
+DENOISER = ["--unet-channels", "32", "--unet-attention", "4,2", "--batch-size", "4",
+            "--sample-steps", "4"]
+OFTEN = ["--log-every", "2", "--save-every", "4"]
+PUPPETS = ["--data", "puppets", "--n-objects", "2", "--n-views", "12", "--size", "32", "--parts",
+           "2", "--keypoints", "8", "--views-per-step", "2", "--objects-per-step", "2"]
 
 
 def run(*arguments, out, resume=False):
-    train.main([*SMALL, "--out", str(out), *arguments] + ["--resume"] * resume)
+    """train.py in its smallest form; of two flags the later one counts."""
+    flags = DATA + DECODER + OFTEN
+    if "--stage" not in arguments or arguments[arguments.index("--stage") + 1] == "2":
+        flags = flags + DENOISER
+    if resume:
+        flags = flags + ["--resume"]
+    train.main([*flags, "--out", str(out), *arguments])
+
+
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory):
+    """A folder with a stage 1 of four steps, not to be written into: see copied."""
+    folder = tmp_path_factory.mktemp("stage1")
+    run("--stage", "1", "--steps", "4", out=folder)
+    return folder
+
+
+@pytest.fixture
+def copied(stage1, tmp_path):
+    """A run of one's own with that stage 1."""
+    shutil.copytree(stage1, tmp_path, dirs_exist_ok=True)
+    return tmp_path
 
 
 def weights(out, stage, key="model"):
     return sample.load_checkpoint(out, stage)[key]
 
 
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def log_rows(folder):
+    """Stage, step, loss and psnr of every row; times differ from run to run."""
+    with open(folder / "log.csv") as file:
+        return [row[:4] for row in csv.reader(file)]
+
+
 def interrupt_at(monkeypatch, step):
     """Makes training stop, as if killed, when it is about to log this step."""
-    log = train.Progress.__call__
+    add = train.Log.add
 
-    def killed(self, at, *args):
+    def killed(self, at, *numbers):
         if at > step:
             raise KeyboardInterrupt
-        return log(self, at, *args)
+        add(self, at, *numbers)
 
-    monkeypatch.setattr(train.Progress, "__call__", killed)
+    monkeypatch.setattr(train.Log, "add", killed)
+
+
+# ---- Every flag changes what is built, trained or drawn ------------------------------------------
+
+RIGID = ["--n-objects", "3", "--n-views", "6", "--size", "16", "--volume-side", "16", "--embed-dim",
+         "32", "--channels", "32", "--n-samples", "8", "--finer-at", "", "--window", "0",
+         "--unet-channels", "16", "--batch-size", "2", "--sample-steps", "3", "--steps", "4",
+         "--objects-per-step", "2", "--views-per-step", "2"]
+MOVING = RIGID + ["--data", "puppets", "--size", "32", "--keypoints", "8", "--parts", "2",
+                  "--split-at", "0.5", "--growth", "0.3,0.6", "--detail", "0.3,0.6",
+                  "--settle-at", "0.6"]
+TEXT = RIGID + ["--text", "--context-dim", "16"]
+
+
+def everything(arguments):
+    """All numbers that a run of these flags makes: frames, losses, weights, samples, in one row."""
+    args, settings = train.parse(arguments)
+    dataset = data.load_for(settings, args.data)
+    settings = train.fit_to_data(settings, args.cameras, dataset, args.data)
+    state = train.new_stage1(settings, dataset, "cpu")
+    features = train.autodecoder.build_features(settings.perceptual, "cpu")
+    loop = train.train_stage1 if state.posenet is None else train.train_moving
+    numbers = [dataset.images, dataset.heldout, dataset.cam2world]
+    steps = loop(settings, dataset, state, features, train.draw_coarse_to_fine)
+    numbers += [torch.tensor(pair) for pair in steps]
+    numbers += list(state.autodecoder.state_dict().values())
+    if state.posenet is not None:
+        numbers += list(state.posenet.state_dict().values())
+    latents = train.training_latents(state.autodecoder, dataset.n_objects)
+    first = {"captions": dataset.captions, "fingerprint": ""}
+    settings, second = train.new_stage2(settings, latents, first, None, "cpu")
+    loop = train.train_text if settings.text else train.train_stage2
+    numbers += [torch.tensor(loss) for loss in loop(settings, second)]
+    numbers += list(second.average.state_dict().values())
+    if not settings.text:
+        noise = torch.randn(2, *second.average.latent_shape,
+                            generator=torch.Generator().manual_seed(settings.seed))
+        generator = torch.Generator().manual_seed(0)
+        numbers.append(diffusion.edm_sampler(second.average, noise, settings.sample_steps,
+                                             S_churn=settings.churn, generator=generator))
+    return torch.cat([number.flatten().double() for number in numbers])
+
+
+FLAGS = {
+    "size": (RIGID, "24"), "holdout": (RIGID, "3"), "n_objects": (RIGID, "4"),
+    "n_views": (RIGID, "7"), "embed_dim": (RIGID, "16"), "channels": (RIGID, "16"),
+    "start_side": (RIGID, "2"), "volume_side": (RIGID, "8"), "latent_side": (RIGID, "8"),
+    "decoder_depth": (RIGID, "2"), "decoder_attention": (RIGID, "8"), "norm": (RIGID, "group"),
+    "steps_stage1": (RIGID[:-6] + RIGID[-4:], "3"), "objects_per_step": (RIGID, "3"),
+    "views_per_step": (RIGID, "1"), "n_samples": (RIGID, "9"), "lr_stage1": (RIGID, "1e-3"),
+    "betas": (RIGID, "0.9,0.999"), "perceptual_weight": (RIGID, "2"),
+    "foreground_weight": (RIGID, "2"), "finer_at": (RIGID, "0.5"), "window": (RIGID, "8"),
+    "normalization": (RIGID, "meanstd"), "per_channel": (RIGID, None),
+    "latent_scale": (RIGID, "0.5"), "sigma_data": (RIGID, "1"), "unet_channels": (RIGID, "24"),
+    "unet_multipliers": (RIGID, "1,1"), "unet_depth": (RIGID, "2"), "unet_attention": (RIGID, "2"),
+    "steps_stage2": (RIGID[:-6] + RIGID[-4:], "3"), "batch_size": (RIGID, "3"),
+    "lr_stage2": (RIGID, "1e-3"), "ema_half_life": (RIGID, "0.1"), "sample_steps": (RIGID, "2"),
+    "churn": (RIGID, "0"), "seed": (RIGID, "1"),
+    "objects": (RIGID, "0000,0002"), "arc": (RIGID, "30"),
+    "shared_colours": (MOVING, None), "codebooks": (RIGID, "16"),
+    "rows": (RIGID + ["--codebooks", "16"], "8"),
+    "hash_rule": (RIGID + ["--codebooks", "16"], "paper"), "perceptual": (RIGID, "pixels"),
+    "text": (RIGID, None), "context_dim": (TEXT, "8"), "transformer_depth": (TEXT, "2"),
+    "parts": (MOVING, "3"), "keypoints": (MOVING, "27"), "pose_width": (MOVING, "8"),
+    "ellipsoid": (MOVING, None), "skin_layout": (MOVING, None), "reach": (MOVING, "0.9,0.3,0.1"),
+    "lr_pose": (MOVING, "1e-3"), "lr_parts": (MOVING, "0.1"), "clip": (MOVING, "0.01"),
+    "growth": (MOVING, "0.1,0.4"), "detail": (MOVING, "0.1,0.4"), "split_at": (MOVING, "0.9"),
+    "settle_at": (MOVING, "0.1"), "reprojection_weight": (MOVING, "2"),
+    "equivariance_weight": (MOVING, "2"),
+    # One of three parts lies where nothing is, and claims too little.
+    "usage_weight": (MOVING + ["--parts", "3", "--reach", "0.01,0.01,9"], "50")}
+# Of these, other tests say that they count.
+ELSEWHERE = {"clip_filter": "test_data.py", "t5": "t5", "guidance": "test_sample.py",
+             "n_sheet": "sheet", "log_every": "log", "save_every": "saved"}
+
+
+def test_every_setting_is_a_flag_that_some_test_turns():
+    names = {field.name for field in dataclasses.fields(train.AllSettings)
+             if field.metadata["group"] is not None}
+    assert set(FLAGS) | set(ELSEWHERE) == names and not set(FLAGS) & set(ELSEWHERE)
+
+
+@pytest.fixture(scope="module")
+def as_it_is():
+    """What a list of flags gives, computed once."""
+    known = {}
+
+    def get(arguments):
+        if tuple(arguments) not in known:
+            known[tuple(arguments)] = everything(arguments)
+        return known[tuple(arguments)]
+
+    return get
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_each_flag_changes_what_is_made(name, as_it_is):
+    arguments, value = FLAGS[name]
+    if "--steps" not in arguments:
+        other = {"steps_stage1": "--steps-stage2", "steps_stage2": "--steps-stage1"}[name]
+        arguments = arguments + [other, "4"]
+        before = as_it_is(arguments + [train.flag(name), "4"])
+    else:
+        before = as_it_is(arguments)
+    changed = [train.flag(name), value]
+    if value is None:                        # a switch: the other way round than it is
+        args, settings = train.parse(arguments)
+        on = getattr(settings, name)
+        changed = [train.flag(name).replace("--", "--no-") if on else train.flag(name)]
+    after = everything(arguments + changed)
+    assert after.shape != before.shape or not torch.equal(after, before)
+
+
+def test_the_same_flags_give_the_same_numbers(as_it_is):
+    assert torch.equal(as_it_is(RIGID), everything(RIGID))
+
+
+# ---- Settings ------------------------------------------------------------------------------------
+
+# The paper's Tab. 5, column by column.
+TABLE_5 = {
+    "paper-tables": dict(n_objects=1676, n_views=91, decoder_depth=2, foreground_weight=10.0,
+                         volume_side=128, unet_channels=128, unet_depth=2, rows=256, codebooks=256),
+    "paper-chairs": dict(n_objects=15576, n_views=200, decoder_depth=4, foreground_weight=10.0,
+                         volume_side=64, unet_channels=128, unet_depth=2, codebooks=0),
+    "paper-celebv": dict(n_objects=44400, n_views=373, decoder_depth=2, foreground_weight=10.0,
+                         volume_side=64, unet_channels=192, unet_depth=3, rows=8192, codebooks=256,
+                         parts=10, keypoints=125, transformer_depth=1, clip_filter=True),
+    "paper-mvimgnet": dict(n_objects=206990, n_views=30, decoder_depth=4, foreground_weight=10.0,
+                           volume_side=64, unet_channels=192, unet_depth=3, rows=32768,
+                           codebooks=256, transformer_depth=1),
+    "paper-objaverse": dict(n_objects=300000, n_views=6, decoder_depth=4, foreground_weight=0.0,
+                            volume_side=64, unet_channels=192, unet_depth=3, rows=32768,
+                            codebooks=256, transformer_depth=2)}
+ALL_COLUMNS = dict(
+    embed_dim=1024, channels=512, start_side=4, latent_side=8, decoder_attention=(8, 16),
+    norm="batch", views_per_step=4, n_samples=128, lr_stage1=5e-4, betas=(0.5, 0.999),
+    perceptual_weight=10.0, unet_multipliers=(3, 4), unet_attention=(8, 4), lr_stage2=4.5e-4,
+    sigma_data=0.5, normalization="robust", per_channel=False, sample_steps=64, guidance=3.0,
+    context_dim=1024, finer_at=(), window=0)
+
+
+@pytest.mark.parametrize("preset", TABLE_5)
+def test_presets_hold_every_number_of_table_5(preset):
+    settings = train.AllSettings(**train.PRESETS[preset])
+    for name, value in (ALL_COLUMNS | TABLE_5[preset]).items():
+        assert getattr(settings, name) == value, name
+    assert settings.text == (preset in ("paper-celebv", "paper-mvimgnet", "paper-objaverse"))
+    assert (settings.parts > 0) == (preset == "paper-celebv")
+
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_presets_build_with_the_shapes_of_table_5(preset):
+    settings = train.AllSettings(**train.PRESETS[preset])
+    vocabulary = ["word"] if settings.text else []
+    with torch.device("meta"):
+        decoder = train.autodecoder.build_decoder(settings, settings.n_objects)
+        denoiser = diffusion.build_denoiser(settings, decoder.latent_shape, vocabulary)
+        latent = decoder.decode_latent(torch.zeros(2, settings.embed_dim))
+        volume = decoder.decode_volume(latent)
+        text = denoiser.text(["", ""]) if settings.text else ()
+        x = denoiser(latent, torch.ones(2), *text)
+    assert x.shape == latent.shape and volume.shape[2:] == (settings.volume_side,) * 3
+    if preset.startswith("paper"):
+        side = 128 if preset == "paper-tables" else 64
+        channels = 14 if preset == "paper-celebv" else 4
+        assert latent.shape[1:] == (256, 8, 8, 8) and volume.shape == (2, channels) + (side,) * 3
+    elif preset != "micro":
+        assert volume.shape[-1] == 8 * latent.shape[-1]
+
+
+def test_the_preset_follows_from_the_data_and_the_flags_from_the_preset(tmp_path):
+    iio.imwrite(tmp_path / "a.gif", np.zeros((3, 8, 8, 3), np.uint8))
+    for arguments, preset in [([], "tiny"), (["--cameras", "learned"], "tiny-video"),
+                              (["--data", "puppets"], "tiny-video"),
+                              (["--data", str(tmp_path)], "tiny-clips"),
+                              (["--data", str(tmp_path), "--preset", "tiny-video"], "tiny-video")]:
+        args, settings = train.parse([*arguments, "--seed", "7"])
+        expected = train.AllSettings(**train.PRESETS[preset] | {"seed": 7})
+        assert args.preset == preset and settings == expected
+        assert args.out == Path(f"runs/{preset}-{Path(args.data).resolve().name}")
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ("--latent-side 0", "--latent-side"), ("--volume-side 2", "volume_side 2"),
+    ("--holdout 1", "--holdout 1"), ("--seed -1", "--seed"), ("--codebooks -4", "--codebooks"),
+    ("--churn -5", "--churn"), ("--text --guidance nan", "--guidance"), ("--betas 0.5", "--betas"),
+    ("--betas 0.5,1.5", "--betas"), ("--lr-stage2 inf", "--lr-stage2"),
+    ("--cameras learned --growth 0.1", "--growth"), ("--unet-channels 33", "do not fit"),
+    ("--unet-multipliers 0.5,1", "whole numbers"), ("--unet-multipliers 0", "whole numbers"),
+    ("--text --context-dim 66", "do not fit"), ("--cameras learned --pose-width 0", "--pose-width"),
+    ("--channels 400 --decoder-attention 8", "200 channels"),
+    ("--decoder-attention 4", "sides 8, 16"), ("--finer-at 0.1,0.2,0.3", "4 pixels"),
+    ("--window 3", "4 pixels"), ("--latent-side 5", "latent_side 5"),
+    ("--unet-multipliers 1,1,1,1", "halved 3 times"),
+    ("--data puppets --detail 0.3", "pairs of shares")])
+def test_settings_that_cannot_work_are_refused_before_anything_is_read(arguments, says):
+    flags = DATA + DECODER + DENOISER
+    with pytest.raises(data.BadInput, match=says):
+        train.parse([*flags, *arguments.split()])
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ("--stage 1 --batch-size 4", "--batch-size is of stage 2"),
+    ("--stage 1 --text", "--text is of stage 2"), ("--t5 folder", "--t5 goes with --text"),
+    ("--guidance 2", "--guidance goes with --text"),
+    ("--text --t5 folder --context-dim 8", "--context-dim is the width of our own"),
+    ("--rows 8", "--rows goes with --codebooks"), ("--hash-rule paper", "goes with --codebooks"),
+    ("--data puppets --arc 30", "--arc is for the built-in objects"),
+    ("--no-shared-colours", "goes with --data puppets"),
+    ("--clip-filter", "is for a folder of clips"), ("--data . --n-objects 4", "of a folder all"),
+    ("--lr-pose 1", "here cameras are known"), ("--parts 6", "here cameras are known"),
+    ("--cameras learned --parts 6", "rigid objects have one part"),
+    ("--cameras learned --parts 1 --split-at 0.5", "needs --parts"),
+    ("--steps 4 --steps-stage1 8", "leave out --steps-stage1"),
+    ("--decoder runs/a", "--decoder goes with --stage 2"), ("--focal 2", "--focal"),
+    ("--space volume", "--space"), ("--stpes 3", "--steps"), ("--preset huge", "huge")])
+def test_flags_that_do_not_go_together_are_refused_by_name(arguments, says):
+    with pytest.raises(data.BadInput, match=says):
+        train.parse(arguments.split())
+
+
+# ---- Stage 1's loop ------------------------------------------------------------------------------
+
+
+def settings_of(**values):
+    base = dict(size=16, n_objects=3, n_views=6, volume_side=16, embed_dim=8, channels=32,
+                n_samples=8, finer_at=(), window=0, steps_stage1=4, steps_stage2=4)
+    return train.AllSettings(**train.PRESETS["micro"] | base | values)
+
+
+def test_coarse_to_fine_ends_at_full_size():
+    settings = train.AllSettings(size=64, finer_at=(0.4, 0.85), steps_stage1=100)
+    sizes = [train.picture_size(settings, step) for step in (0, 39, 40, 84, 85, 99)]
+    assert sizes == [16, 16, 32, 32, 64, 64]
+    assert train.picture_size(train.AllSettings(size=64), 0) == 64
+
+
+def test_draw_frames_never_shows_a_heldout_view_and_covers_the_others():
+    dataset = data.load("synthetic", 16, 3, n_objects=2, n_views=6)
+    generator = torch.Generator().manual_seed(0)
+    k = torch.tensor([0, 1])
+    drawn = torch.stack([train.draw_frames(dataset, k, 4, generator) for _ in range(20)])
+    assert not dataset.heldout[drawn].any()
+    assert set(drawn.flatten().tolist()) == set(torch.nonzero(~dataset.heldout)[:, 0].tolist())
+    assert (dataset.object_index[drawn] == k[:, None]).all()
+    assert all(len(set(row.tolist())) == 4 for row in drawn.flatten(0, 1))   # four different ones
+    many = train.draw_frames(dataset, k, 9, generator)           # more than the four there are
+    assert many.shape == (2, 9)
+
+
+def test_all_objects_have_their_turn_before_one_comes_again():
+    dataset = data.load("synthetic", 16, 3, n_objects=6, n_views=3)
+    settings = settings_of(objects_per_step=2)
+    state = train.start_stage1(settings, torch.nn.Linear(1, 1))
+    for _ in range(3):
+        turns = torch.cat([train.next_objects(settings, dataset, state) for _ in range(3)])
+        assert sorted(turns.tolist()) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_window_is_a_camera_with_other_intrinsics():
+    # Rendering the window gives the pixels of the whole picture, cut out at the same place.
+    volume = torch.rand(2, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    cameras = render.orbit(torch.arange(6.).reshape(2, 3), torch.tensor(0.4), 4.0)
+    intrinsics = torch.tensor([1.4, 1.5, 0.5, 0.45]).expand(2, 3, 4)
+    images, masks = render.render(volume, cameras, intrinsics, 32, 16)
+    rgb, occupancy, cut = train.random_windows(images, masks, intrinsics, 12,
+                                               torch.Generator().manual_seed(1))
+    expected = render.render(volume, cameras, cut, 12, 16)
+    torch.testing.assert_close(rgb, expected[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(occupancy, expected[1], rtol=0, atol=1e-5)
+    assert rgb.std() > 0.05
+
+
+def test_a_step_sees_photos_of_the_right_size_through_the_right_intrinsics():
+    dataset = data.load("synthetic", 32, 6, n_objects=2, n_views=6)
+    settings = settings_of(size=32, finer_at=(0.5,), window=8, steps_stage1=10)
+    state = train.start_stage1(settings, torch.nn.Linear(1, 1))
+    frames = torch.tensor([[0, 1], [7, 8]])
+    window, _, intrinsics = train.draw_coarse_to_fine(settings, dataset, frames, state)
+    whole, _ = dataset.batch(frames, 16)                         # coarse in the first half
+    assert window.shape == (2, 2, 3, 8, 8)
+    torch.testing.assert_close(intrinsics[..., :2], 2 * dataset.intrinsics[frames][..., :2])
+    for b in range(2):
+        for v in range(2):
+            # Where the centre moved to tells the corner: cx = (16 cx_whole - corner) / 8.
+            corner = 16 * dataset.intrinsics[frames[b, v], 2:] - 8 * intrinsics[b, v, 2:]
+            x, y = corner.round().int().tolist()
+            assert torch.equal(window[b, v], whole[b, v, :, y:y + 8, x:x + 8])
+    state.step = 5
+    settings = dataclasses.replace(settings, window=0)
+    images, _, intrinsics = train.draw_coarse_to_fine(settings, dataset, frames, state)
+    assert torch.equal(images, dataset.batch(frames, 32)[0])
+    assert torch.equal(intrinsics, dataset.intrinsics[frames])
+
+
+def test_learning_rates_fall_linearly_to_nothing_in_both_stages():
+    settings = settings_of(lr_stage1=0.4, lr_stage2=0.2)
+    dataset = data.load_for(settings, "synthetic")
+    state = train.new_stage1(settings, dataset, "cpu")
+    rates = []
+    for _ in train.train_stage1(settings, dataset, state):
+        rates.append(state.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    latents = torch.randn(3, *state.autodecoder.latent_shape)
+    denoiser = diffusion.Denoiser.from_settings(settings, state.autodecoder.latent_shape)
+    state = train.start_stage2(settings, latents, denoiser)
+    rates = []
+    for _ in train.train_stage2(settings, state):
+        rates.append(state.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.2, 0.15, 0.1, 0.05])
+
+
+def test_the_loss_of_stage_1_is_eq_1_and_eq_2_weighted():
+    rgb, occupancy = torch.full((1, 1, 3, 8, 8), 0.5), torch.full((1, 1, 1, 8, 8), 0.75)
+    images, masks = torch.full((1, 1, 3, 8, 8), 0.25), torch.ones(1, 1, 1, 8, 8)
+    settings = train.Settings(perceptual_weight=2.0, foreground_weight=8.0)
+    loss = train.stage1_loss(settings, lambda image: [image], rgb, occupancy, images, masks)
+    assert loss.item() == pytest.approx(2 * 3 * 0.25 + 8 * 0.25)          # three pyramid levels
+
+
+@pytest.mark.slow
+def test_one_object_overfits_to_over_30_db(tmp_path):
+    run("--stage", "1", "--n-objects", "1", "--n-views", "12", "--size", "32", "--volume-side",
+        "32", "--objects-per-step", "1", "--n-samples", "48", "--steps", "300", "--lr-stage1",
+        "0.005", "--log-every", "50", "--save-every", "300", "--holdout", "0", out=tmp_path)
+    trained = sample.open_run(tmp_path, stages=(1,))
+    dataset = data.load("synthetic", 32, 0, n_objects=1, n_views=12)
+    dataset.heldout[:] = True                            # score the views that it was trained on
+    assert sample.score_heldout(trained, dataset)["psnr_heldout"] > 30
+
+
+# ---- Stage 2's loop ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.5])
+def test_the_first_loss_of_stage_2_is_that_of_c_skip_x_on_normalized_latents(sigma_data):
+    """A new denoiser answers c_skip x, so its loss is known: raw latents, another sigma_data, other
+    noise levels or another batch give another number."""
+    settings = settings_of(sigma_data=sigma_data, batch_size=8)
+    latents = 30 + 7 * torch.randn(5, 4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    denoiser = diffusion.Denoiser.from_settings(settings, (4, 4, 4, 4))
+    state = train.start_stage2(settings, latents, denoiser)
+    first = next(train.train_stage2(settings, state))
+
+    ordered = latents.flatten().double().numpy()
+    q25, median, q75 = np.quantile(ordered, [0.25, 0.5, 0.75])
+    clean = ((latents - median) / (0.7413 * (q75 - q25))).double()
+    generator = sample.stream(settings.seed, "stage 2")
+    k = torch.randint(5, (8,), generator=generator)
+    sigma = (-1.2 + 1.2 * torch.randn(8, generator=generator)).exp().double().view(8, 1, 1, 1, 1)
+    noisy = clean[k] + sigma * torch.randn(8, 4, 4, 4, 4, generator=generator)
+    guess = sigma_data**2 / (sigma**2 + sigma_data**2) * noisy
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data)**2
+    expected = (weight * (guess - clean[k])**2).mean()
+    assert first == pytest.approx(expected.item(), rel=1e-4)
+
+
+class FewLayers(diffusion.Denoiser):
+    """A denoiser of latents (2, 2, 2, 2) with three matrices in place of the U-Net: it is fast."""
+
+    def __init__(self, sigma_data):
+        super().__init__((2, 2, 2, 2), 8, (1,), 1, (), sigma_data)
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(17, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(),
+            torch.nn.Linear(64, 16))
+        self.unet.forward = self.answer
+
+    def answer(self, x, c_noise):
+        return self.layers(torch.cat([x.flatten(1), c_noise[:, None]], 1)).view_as(x)
+
+
+def test_stage_2_learns_a_set_of_two_latents_and_samples_are_these_two():
+    """Far from unit scale, so that it takes the normalization and its undoing to find them, and the
+    average's weights, which start as the untrained ones."""
+    settings = settings_of(steps_stage2=400, batch_size=64, lr_stage2=5e-3, ema_half_life=20.0)
+    pattern = torch.randn(2, 2, 2, 2, generator=torch.Generator().manual_seed(0)).sign()
+    latents = torch.stack([50 + 20 * pattern, 50 - 20 * pattern])
+    torch.manual_seed(0)
+    state = train.start_stage2(settings, latents, FewLayers(settings.sigma_data))
+    losses = list(train.train_stage2(settings, state))
+    noise = torch.randn(32, 2, 2, 2, 2, generator=torch.Generator().manual_seed(1))
+    latent_hat = diffusion.edm_sampler(state.average, noise, 16, S_churn=0)
+    drawn = state.normalizer.denormalize(latent_hat.float())
+    apart = torch.cdist(drawn.flatten(1), latents.flatten(1)) / 4            # root mean square
+    assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:20])
+    assert apart.amin(1).median() < 6 and apart.amin(1).max() < 12           # of 40 between the two
+    share = (apart.argmin(1) == 0).float().mean()
+    assert 0.2 < share < 0.8
+
+
+def test_a_tenth_of_the_captions_is_left_out_and_the_rest_are_the_objects_own():
+    heard = []
+    state = argparse.Namespace(captions=["zero", "one", "two"], encode=heard.extend,
+                               generator=torch.Generator().manual_seed(0))
+    k = torch.randint(3, (3000,), generator=torch.Generator().manual_seed(1))
+    train.caption_tokens(state, k)
+    dropped = sum(caption == "" for caption in heard)
+    assert dropped / 3000 == pytest.approx(0.1, abs=0.02)
+    names = ["zero", "one", "two"]
+    assert all(caption in ("", names[i]) for caption, i in zip(heard, k.tolist()))
+
+
+# ---- A whole run ---------------------------------------------------------------------------------
+
+
+def test_whole_pipeline_writes_what_it_names_and_finite_metrics(tmp_path, capsys):
+    run("--steps", "6", "--n-sheet", "2", out=tmp_path / "run")
+    named = capsys.readouterr().out.splitlines()[-1].removeprefix("wrote ").split(", ")
+    assert len(named) >= 7 and all(Path(path).stat().st_size > 100 for path in named)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    for key in ("psnr_heldout", "mask_heldout", "seconds_stage1", "seconds_stage2",
+                "seconds_sampling", "seconds_total"):
+        assert math.isfinite(metrics[key]) and metrics[key] > 0, key
+    assert metrics["settings"]["n_objects"] == 4
+    rows = log_rows(tmp_path / "run")
+    assert [row[:2] for row in rows[1:]] == [[stage, step] for stage in "12" for step in "246"]
+    # Another stage 2: scores of what the first one made are no longer true of the run.
+    train.add_metrics(tmp_path / "run", train.Settings(), fd=1.0, text_colour=1.0)
+    run("--stage", "2", "--steps", "2", out=tmp_path / "run")
+    again = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert again["psnr_heldout"] == metrics["psnr_heldout"] and again["steps_stage2"] == 2
+    assert not {"fd", "text_colour", "seconds_sampling"} & set(again)
+
+
+def test_the_first_sheet_has_as_many_objects_as_asked_for_over_their_nearest_ones(copied,
+                                                                                 monkeypatch):
+    seen = {}
+
+    def watched(trained, folder, n, steps, seed, churn, nearest):
+        seen.update(n=n, steps=steps, seed=seed, churn=churn, nearest=nearest)
+        return None, []
+
+    monkeypatch.setattr(sample, "save_any_samples", watched)
+    monkeypatch.setattr(sample, "save_noise_strip", lambda path, trained, steps: None)
+    settings = settings_of(n_sheet=3, sample_steps=5, churn=7.0)
+    run("--stage", "2", "--steps", "2", "--seed", "4", out=copied)
+    train.first_sampling(dataclasses.replace(settings, seed=4), copied, "cpu")
+    assert seen == dict(n=3, steps=5, seed=4, churn=7.0, nearest=True)
+
+
+def test_black_pictures_score_as_their_error_says():
+    dataset = data.load("synthetic", 16, 6, n_objects=2, n_views=6)
+    black = torch.nn.Module()
+    black.forward = lambda k: torch.zeros(len(k), 4, 4, 4, 4)
+    truth, masks = dataset.batch(torch.nonzero(dataset.heldout)[:, 0], 16)
+    expected = (-10 * torch.log10(truth.square().flatten(1).mean(1))).mean()
+    state = argparse.Namespace(autodecoder=black, posenet=None, device="cpu")
+    scores = sample.score_heldout(state, dataset)
+    assert scores["psnr_heldout"] == pytest.approx(float(expected), abs=1e-3)
+    assert scores["mask_heldout"] == pytest.approx(float(masks.mean()), abs=1e-3)
+    dataset.heldout[:] = False
+    assert sample.score_heldout(state, dataset) == {}
+
+
+# ---- Resuming ------------------------------------------------------------------------------------
 
 
 def test_resumed_run_has_the_bits_of_one_that_was_never_stopped(tmp_path, monkeypatch):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
     for stage, key in ((1, "model"), (2, "ema")):
-        whole, halves = tmp_path / "whole", tmp_path / "halves"
         run("--stage", str(stage), "--steps", "8", out=whole)
         with monkeypatch.context() as patch:
             interrupt_at(patch, 6)                       # after the checkpoint at 4
@@ -56,10 +553,8 @@ def test_resumed_run_has_the_bits_of_one_that_was_never_stopped(tmp_path, monkey
                 run("--stage", str(stage), "--steps", "8", out=halves)
         assert sample.load_checkpoint(halves, stage)["step"] == 4
         run("--stage", str(stage), "--steps", "8", out=halves, resume=True)
-        a, b = weights(whole, stage, key), weights(halves, stage, key)
-        assert all(torch.equal(a[name], b[name]) for name in a)
-        rows = [[r[:4] for r in csv.reader(open(folder / "log.csv"))] for folder in (whole, halves)]
-        assert rows[0] == rows[1]
+        assert same(weights(whole, stage, key), weights(halves, stage, key))
+        assert log_rows(whole) == log_rows(halves)
 
 
 def test_resuming_goes_on_in_the_middle_of_a_round_of_objects(tmp_path, monkeypatch):
@@ -71,310 +566,46 @@ def test_resuming_goes_on_in_the_middle_of_a_round_of_objects(tmp_path, monkeypa
             run(*flags, "--save-every", "5", out=tmp_path / "halves")
     assert len(sample.load_checkpoint(tmp_path / "halves", 1)["order"]) == 2
     run(*flags, "--save-every", "5", out=tmp_path / "halves", resume=True)
-    a, b = weights(tmp_path / "whole", 1), weights(tmp_path / "halves", 1)
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert same(weights(tmp_path / "whole", 1), weights(tmp_path / "halves", 1))
 
 
+@pytest.mark.slow
 def test_both_stages_resumed_at_once_keep_the_whole_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "first_sampling", lambda *_: [])
+    run("--steps", "8", out=tmp_path / "whole")
+    run("--stage", "1", "--steps", "8", out=tmp_path / "halves")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "first_sampling", lambda *_: [])
-        run("--steps", "8", out=tmp_path / "whole")
-        run("--stage", "1", "--steps", "8", out=tmp_path / "halves")
         interrupt_at(patch, 6)
         with pytest.raises(KeyboardInterrupt):
             run("--stage", "2", "--steps", "8", out=tmp_path / "halves")
-        patch.undo()
-        patch.setattr(train, "first_sampling", lambda *_: [])
-        run("--steps", "8", out=tmp_path / "halves", resume=True)
-    rows = [[r[:4] for r in csv.reader(open(tmp_path / name / "log.csv"))]
-            for name in ("whole", "halves")]
-    assert rows[0] == rows[1] and len(rows[0]) == 9
+    run("--steps", "8", out=tmp_path / "halves", resume=True)
+    rows = log_rows(tmp_path / "whole")
+    assert rows == log_rows(tmp_path / "halves") and len(rows) == 9
 
 
-def test_same_seed_same_numbers_and_another_seed_others(tmp_path):
-    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        run("--stage", "1", "--steps", "4", "--seed", seed, out=tmp_path / name)
-    a, b, c = (weights(tmp_path / name, 1)["linear.weight"] for name in "abc")
-    assert torch.equal(a, b) and not torch.equal(a, c)
+def test_same_seed_same_numbers_and_another_seed_others(stage1, tmp_path):
+    for seed in ("0", "2"):
+        run("--stage", "1", "--steps", "4", "--seed", seed, out=tmp_path / seed)
+    assert same(weights(stage1, 1), weights(tmp_path / "0", 1))
+    assert not same(weights(stage1, 1), weights(tmp_path / "2", 1))
 
 
-def test_whole_pipeline_writes_what_it_names_and_finite_metrics(tmp_path, capsys):
-    run("--steps", "6", out=tmp_path / "run")
-    named = capsys.readouterr().out.splitlines()[-1].removeprefix("wrote ").split(", ")
-    assert len(named) >= 7 and all(Path(p).stat().st_size > 100 for p in named)
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    for key in ("psnr_heldout", "seconds_stage1", "seconds_stage2", "seconds_total",
-                "peak_memory_gib", "fd", "fd_direct"):
-        assert metrics[key] == pytest.approx(metrics[key]) and metrics[key] > 0, key
-    assert metrics["settings"]["n_objects"] == 4
-    # Another stage 2: scores of what the first one made are no longer true of the run.
-    run("--stage", "2", "--steps", "2", out=tmp_path / "run")
-    again = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert again["psnr_heldout"] == metrics["psnr_heldout"] and again["steps_stage2"] == 2
-    assert not {"fd", "fd_direct", "memorization", "seconds_sampling"} & set(again)
-
-
-def test_one_object_overfits_to_over_30_db(tmp_path):
-    run("--stage", "1", "--n-objects", "1", "--n-views", "12", "--size", "32", "--volume-side",
-        "32", "--objects-per-step", "1", "--n-samples", "48", "--steps", "300", "--lr-stage1",
-        "0.005", "--log-every", "50", "--save-every", "300", "--holdout", "0", out=tmp_path)
-    trained = sample.load_run(tmp_path, stages=(1,))
-    dataset = data.load("synthetic", 32, 0, n_objects=1, n_views=12)
-    dataset.heldout[:] = True                            # score the views that it was trained on
-    assert sample.score_heldout(trained, dataset)["psnr_heldout"] > 30
-
-
-def test_coarse_to_fine_ends_at_full_size():
-    s = train.Settings(size=64, finer_at=(0.4, 0.85), steps_stage1=100)
-    assert [train.picture_size(s, i) for i in (0, 39, 40, 84, 85, 99)] == [16, 16, 32, 32, 64, 64]
-    assert train.picture_size(train.Settings(size=64), 0) == 64
-
-
-def test_draw_frames_never_shows_a_heldout_view_and_covers_the_others():
-    dataset = data.load("synthetic", 16, 3, n_objects=2, n_views=6)
-    generator = torch.Generator().manual_seed(0)
-    k = torch.tensor([0, 1])
-    drawn = torch.stack([train.draw_frames(dataset, k, 4, generator) for _ in range(20)])
-    assert not dataset.heldout[drawn].any()
-    assert set(drawn.flatten().tolist()) == set(torch.nonzero(~dataset.heldout)[:, 0].tolist())
-    assert (dataset.object_index[drawn] == k[:, None]).all()
-    many = train.draw_frames(dataset, k, 9, generator)           # more than the four there are
-    assert many.shape == (2, 9)
-
-
-def test_perfect_model_scores_as_its_error_says(monkeypatch):
-    # Black pictures: PSNR is -10 log10 of the mean squared colour of each held-out view.
-    dataset = data.load("synthetic", 16, 6, n_objects=2, n_views=6)
-    black = torch.nn.Module()
-    black.forward = lambda k: torch.zeros(len(k), 4, 4, 4, 4)
-    truth = dataset.batch(torch.nonzero(dataset.heldout)[:, 0], 16)[0]
-    expected = (-10 * torch.log10(truth.square().flatten(1).mean(1))).mean()
-    at = SimpleNamespace(autodecoder=black, posenet=None, device="cpu")
-    scores = sample.score_heldout(at, dataset)
-    assert scores["psnr_heldout"] == pytest.approx(float(expected), abs=1e-3)
-    assert 0 < scores["ssim_heldout"] < 1
-
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-@pytest.mark.parametrize("preset", train.PRESETS)
-def test_presets_build_with_the_shapes_of_table_5(preset, capsys):
-    s = train.dataclasses.asdict(train.Settings(**train.PRESETS[preset]))
-    with torch.device("meta"):
-        decoder = sample.build_autodecoder(s, s["n_objects"])
-        denoiser = sample.build_denoiser(s)
-        latent = decoder.decode_latent(torch.zeros(2, s["embed_dim"]))
-        volume = decoder.decode_volume(latent)
-        context = torch.zeros(2, 32, 1024) if s["text"] else None
-        x = denoiser(latent, torch.ones(2), context)
-    with capsys.disabled():
-        print(f"\n{preset}: autodecoder {count(decoder) / 1e6:.1f} M parameters, "
-              f"denoiser {count(denoiser) / 1e6:.1f} M")
-    assert x.shape == latent.shape and volume.shape[2:] == (s["volume_side"],) * 3
-    assert volume.shape[-1] == 8 * latent.shape[-1] or preset in ("paper-tables", "micro")
-    if preset.startswith("paper"):
-        assert latent.shape[1:] == (256, 8, 8, 8) and s["embed_dim"] == 1024
-        side = {"paper-tables": 128}.get(preset, 64)
-        channels = 14 if preset == "paper-celebv" else 4
-        assert volume.shape == (2, channels, side, side, side)
-
-
-def test_the_preset_follows_from_the_data_and_the_flags_from_the_preset(tmp_path):
-    iio.imwrite(tmp_path / "a.gif", np.zeros((3, 8, 8, 3), np.uint8))
-    for arguments, preset in [([], "tiny"), (["--cameras", "learned"], "tiny-video"),
-                              (["--data", "puppets"], "tiny-video"),
-                              (["--data", str(tmp_path)], "tiny-clips"),
-                              (["--data", str(tmp_path), "--preset", "tiny-video"], "tiny-video")]:
-        args, settings = train.parse([*arguments, "--seed", "7"])
-        expected = train.Settings(**train.PRESETS[preset] | {"seed": 7})
-        assert args.preset == preset and settings == expected
-        assert args.out == Path(f"runs/{preset}-{Path(args.data).resolve().name}")
-
-
-def call(*arguments):
-    """Runs train.py as a person would -> (exit status, stderr)."""
-    done = subprocess.run([sys.executable, ROOT / "train.py", *map(str, arguments)],
-                          capture_output=True, text=True, cwd=ROOT)
-    return done.returncode, done.stderr
-
-
-@pytest.mark.parametrize("script, flag", [("train", "--clip-filter"), ("sample", "--evaluate"),
-                                          ("data", "--holdout")])
-def test_help_lists_the_flags(script, flag):
-    done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True,
-                          text=True)
-    assert done.returncode == 0 and flag in done.stdout and not done.stderr
-
-
-def commands_of_the_readme():
-    """(script, arguments) of every command in its blocks, loops and lists of objects filled in."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
-        line = re.sub(r"\$\(.*?\)|\$\w+", "7", line)
-        if found := re.match(r"\s*python (train|sample)\.py(.*)", line):
-            yield found[1], shlex.split(found[2], comments=True)
-
-
-def test_every_command_of_the_readme_has_flags_that_fit_together():
-    commands = list(commands_of_the_readme())
-    assert len(commands) > 20
-    for script, arguments in commands:
-        (train if script == "train" else sample).parse(arguments)
-    side = "--preset micro --start-side 2 --channels 64 --unet-attention 8,4,2,1 --latent-side"
-    for latent_side in "248":                            # row 3 of the claims
-        train.parse([*side.split(), latent_side])
-
-
-@pytest.mark.parametrize("arguments, says", [
-    ("--latent-side 0", "--latent-side"), ("--volume-side 2", "volume_side 2"),
-    ("--holdout 1", "--holdout 1"), ("--seed -1", "--seed"), ("--codebooks -4", "--codebooks"),
-    ("--churn -5", "--churn"), ("--guidance nan", "--guidance"), ("--betas 0.5", "--betas"),
-    ("--betas 0.5,1.5", "--betas"), ("--dropout 1", "--dropout"), ("--growth 0.1", "--growth"),
-    ("--body 0.3,0.8", "--body"), ("--unet-channels 33", "do not fit"),
-    ("--unet-multipliers 0.5,1", "whole numbers"), ("--unet-multipliers 0", "whole numbers"),
-    ("--text --context-dim 66", "do not fit"), ("--pose-width 0", "--pose-width"),
-    ("--channels 400 --decoder-attention 8", "200 channels"),
-    ("--decoder-attention 4", "sides 8, 16"), ("--finer-at 0.1,0.2,0.3", "4 pixels"),
-    ("--window 3", "4 pixels")])
-def test_settings_that_cannot_work_are_refused_before_anything_is_read(arguments, says):
-    with pytest.raises(data.BadInput, match=says):
-        train.parse([*SMALL, *arguments.split()])
-
-
-@pytest.mark.parametrize("arguments, says", [
-    (["--data", "puppets", "--detail", "0.3"], "pairs of shares"),
-    (["--out", ROOT / "README.md"], "README.md"),
-    (["--stpes", "3"], "--steps"),
-    (["--preset", "huge"], "huge"),
-    (["--data", "nowhere"], "nowhere"),
-    (["--stage", "2"], "stage1.pt"),
-    (["--steps", "0"], "--steps-stage1"),
-    (["--lr-stage1", "nan"], "--lr-stage1"),
-    (["--latent-side", "5"], "latent_side 5"),
-    (["--unet-multipliers", "1,1,1,1"], "halved 3 times"),
-    (["--perceptual", "vgg.pth"], "vgg19-dcbb9e9d.pth"),
-    (["--data", "puppets", "--cameras", "known"], "--cameras known"),
-    (["--data", "puppets"], "--size 16"),
-    (["--data", "puppets", "--size", "32", "--keypoints", "9"], "keypoints 9"),
-    (["--device", "cuda:77"], "--device cpu"),
-])
-def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(arguments, says, tmp_path):
-    status, stderr = call(*SMALL, "--steps", 1, "--out", tmp_path / "run", *arguments)
-    assert status == 2 and says in stderr and len(stderr.strip().splitlines()) == 1, stderr
-    assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.tmp"))
-
-
-def test_resuming_with_other_settings_names_the_flag(tmp_path):
-    run("--stage", "1", "--steps", "4", out=tmp_path)
+def test_resuming_with_other_settings_names_the_flag(copied):
     with pytest.raises(data.BadInput, match="--lr-stage1 is 0.1 here but"):
-        run("--stage", "1", "--steps", "4", "--lr-stage1", "0.1", out=tmp_path, resume=True)
+        run("--stage", "1", "--steps", "4", "--lr-stage1", "0.1", out=copied, resume=True)
     with pytest.raises(data.BadInput, match="--seed is 5 here but 0"):        # other objects
-        run("--stage", "1", "--steps", "8", "--seed", "5", out=tmp_path, resume=True)
+        run("--stage", "1", "--steps", "8", "--seed", "5", out=copied, resume=True)
+    with pytest.raises(data.BadInput, match="--channels 64: the stage 1 there was trained with 32"):
+        run("--stage", "2", "--channels", "64", out=copied)
     with pytest.raises(data.BadInput, match="do not fit"):                    # of this stage 1
-        run("--stage", "2", "--latent-side", "16", "--unet-multipliers", "1,1,1,1", out=tmp_path)
+        run("--stage", "2", "--unet-multipliers", "1,1,1,1", out=copied)
 
 
-def test_training_anew_keeps_the_earlier_checkpoint(tmp_path):
-    run("--stage", "1", "--steps", "4", out=tmp_path)
-    before = weights(tmp_path, 1)["linear.weight"]
-    run("--stage", "1", "--steps", "4", "--seed", "5", out=tmp_path)
-    old = torch.load(tmp_path / "stage1.old", weights_only=True)["model"]["linear.weight"]
+def test_training_anew_keeps_the_earlier_checkpoint(copied):
+    before = weights(copied, 1)["linear.weight"]
+    run("--stage", "1", "--steps", "2", "--seed", "5", out=copied)
+    old = torch.load(copied / "stage1.old", weights_only=True)["model"]["linear.weight"]
     assert torch.equal(old, before)
-
-
-def test_stage_2_of_another_stage_1_is_refused(tmp_path):
-    for stage, seed in (("1", "0"), ("2", "0"), ("1", "5")):
-        run("--stage", stage, "--steps", "4", "--seed", seed, out=tmp_path)
-    with pytest.raises(data.BadInput, match="another stage 1"):
-        sample.load_run(tmp_path)
-
-
-def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        real = train.autodecoder.foreground_loss
-        calls = iter(range(100))
-        patch.setattr(train.autodecoder, "foreground_loss",
-                      lambda o, m: real(o, m) * (float("nan") if next(calls) == 5 else 1))
-        with pytest.raises(data.BadInput, match="nan at step 6"):
-            run("--stage", "1", "--steps", "8", out=tmp_path)
-    kept = sample.load_checkpoint(tmp_path, 1)
-    assert kept["step"] == 4 and all(torch.isfinite(v).all() for v in kept["model"].values())
-
-
-def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path, monkeypatch):
-    step, calls = torch.optim.Adam.step, iter(range(100))
-
-    def spoiled(self, *args):
-        step(self, *args)
-        if next(calls) == 7:                             # the loss was finite, the gradient not
-            self.param_groups[0]["params"][0].data.fill_(float("nan"))
-
-    monkeypatch.setattr(torch.optim.Adam, "step", spoiled)
-    for stage in ("1", "2"):
-        with pytest.raises(data.BadInput, match="not finite at step 8"):
-            run("--stage", stage, "--steps", "8", out=tmp_path)
-        assert sample.load_checkpoint(tmp_path, int(stage))["step"] == 4
-        calls = iter(range(100))
-
-
-def test_one_object_has_no_distribution_to_learn(tmp_path):
-    run("--stage", "1", "--n-objects", "1", "--steps", "2", out=tmp_path)
-    with pytest.raises(data.BadInput, match="one object has none"):
-        run("--stage", "2", "--steps", "2", out=tmp_path)
-
-
-# ---- Moving subjects ----------------------------------------------------------------------------
-
-PUPPETS = ["--data", "puppets", "--n-objects", "2", "--n-views", "12", "--size", "32", "--parts",
-           "2", "--keypoints", "8", "--views-per-step", "2", "--objects-per-step", "2"]
-
-
-def test_learned_poses_lower_the_loss_and_every_number_stays_finite(tmp_path, capsys):
-    run(*PUPPETS, "--stage", "1", "--steps", "60", "--log-every", "10", "--growth", "0.03,0.15",
-        "--split-at", "0.35", "--perceptual-weight", "1", "--foreground-weight", "1", out=tmp_path)
-    rows = list(csv.DictReader(open(tmp_path / "log.csv")))
-    losses = [float(r["loss"]) for r in rows]
-    assert len(losses) == 6 and losses[-1] < 0.8 * losses[0]
-    trained = sample.load_run(tmp_path, stages=(1,))
-    assert int(trained.posenet.active) == 2                        # one part became two
-    assert float(trained.autodecoder.growth) == 1.0
-    assert all(v.isfinite().all() for module in (trained.autodecoder, trained.posenet)
-               for v in module.state_dict().values())
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["psnr_mean_frame"] > 10 and 0.2 < metrics["part_purity"] <= 1
-    assert -1 <= metrics["yaw_correlation"] <= 1 and len(metrics["limb_correlation"]) == 4
-
-
-def test_learned_poses_resume_to_the_same_bits(tmp_path, monkeypatch):
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    run(*PUPPETS, "--stage", "1", "--steps", "8", out=whole)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 6)
-        with pytest.raises(KeyboardInterrupt):
-            run(*PUPPETS, "--stage", "1", "--steps", "8", out=halves)
-    run(*PUPPETS, "--stage", "1", "--steps", "8", out=halves, resume=True)
-    for key in ("model", "posenet"):
-        a, b = weights(whole, 1, key), weights(halves, 1, key)
-        assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_poses_that_are_not_finite_stop_training_with_a_line(tmp_path, monkeypatch):
-    with pytest.raises(data.BadInput, match="stage 1: (poses are not finite|the loss is nan)"):
-        run(*PUPPETS, "--stage", "1", "--steps", "8", "--lr-pose", "1e30", out=tmp_path)
-    step = torch.optim.Adam.step
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: step(self) or self.param_groups[1][
-        "params"][0].data.fill_(float("nan")))
-    with pytest.raises(data.BadInput, match="not finite at step 1"):         # it saves there
-        run(*PUPPETS, "--stage", "1", "--steps", "8", "--save-every", "1", out=tmp_path)
-    assert not (tmp_path / "stage1.pt").exists()
-
-
-def test_the_mean_of_2d_points_is_fixed_once_it_has_settled(tmp_path):
-    for settle_at, batches in (("0.5", 5), ("1.0", 8)):
-        run(*PUPPETS, "--stage", "1", "--steps", "8", "--settle-at", settle_at, out=tmp_path)
-        assert weights(tmp_path, 1, "posenet")["batches"] == batches      # that went into the mean
 
 
 def test_checkpoints_from_before_a_flag_existed_had_its_default(tmp_path):
@@ -386,6 +617,265 @@ def test_checkpoints_from_before_a_flag_existed_had_its_default(tmp_path):
     assert sample.load_checkpoint(tmp_path, 1)["step"] == 4
 
 
+def test_stage_2_of_another_stage_1_is_refused(copied):
+    run("--stage", "2", "--steps", "2", out=copied)
+    run("--stage", "1", "--steps", "2", "--seed", "5", out=copied)
+    with pytest.raises(data.BadInput, match="another stage 1"):
+        sample.open_run(copied)
+
+
+def test_stage_2_on_the_stage_1_of_another_run(stage1, tmp_path):
+    run("--stage", "2", "--steps", "2", "--decoder", str(stage1), out=tmp_path / "b")
+    assert not (stage1 / "stage2.pt").exists()
+    assert same(weights(stage1, 1), weights(tmp_path / "b", 1))
+    run("--stage", "1", "--steps", "3", out=tmp_path / "c")              # has its own stage 1
+    ours = sample.load_checkpoint(tmp_path / "c", 1)["fingerprint"]
+    with pytest.raises(data.BadInput, match="--resume"):
+        run("--stage", "2", "--decoder", str(stage1), out=tmp_path / "c", resume=True)
+    assert sample.load_checkpoint(tmp_path / "c", 1)["fingerprint"] == ours
+    for resume in (False, True):
+        run("--stage", "2", "--steps", "2", "--decoder", str(stage1), out=tmp_path / "c",
+            resume=resume)
+        kept = torch.load(tmp_path / "c" / "stage1.old", weights_only=True)
+        assert kept["fingerprint"] == ours
+    assert "psnr_heldout" not in json.loads((tmp_path / "c" / "metrics.json").read_text())
+
+
+def test_stage_2_of_another_seed_is_compared_with_the_objects_it_learned_from(tmp_path):
+    run("--stage", "1", "--steps", "2", "--seed", "3", out=tmp_path)
+    run("--stage", "2", "--steps", "2", "--seed", "4", out=tmp_path)
+    trained = sample.open_run(tmp_path)
+    assert trained.settings.seed == 4 and trained.data_settings.seed == 3
+    dataset = data.load_for(trained.data_settings, trained.source)
+    assert dataset.captions == trained.captions
+    assert torch.equal(dataset.images, data.load("synthetic", 16, 6, 3, 4, 6).images)
+
+
+# ---- What goes wrong -----------------------------------------------------------------------------
+
+
+def call(*arguments):
+    """Runs train.py as a person would -> (exit status, stderr)."""
+    done = subprocess.run([sys.executable, ROOT / "train.py", *map(str, arguments)],
+                          capture_output=True, text=True, cwd=ROOT)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--out", ROOT / "README.md"], "README.md"),
+    (["--data", "nowhere"], "nowhere"),
+    (["--stage", "2", *DENOISER], "stage1.pt"),
+    (["--perceptual", "vgg.pth"], "vgg19-dcbb9e9d.pth"),
+    (["--data", "puppets", "--cameras", "known"], "--cameras known"),
+    (["--data", "puppets"], "--size 16"),
+    (["--data", "puppets", "--size", "32", "--keypoints", "9"], "keypoints 9"),
+    (["--device", "cuda:77"], "--device cpu"), (["--device", "mps"], "--device cpu")])
+def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(arguments, says, tmp_path):
+    n_objects = [] if "nowhere" in arguments else DATA[:4]
+    flags = n_objects + DATA[4:] + DECODER
+    status, stderr = call(*flags, "--steps", 1, "--out", tmp_path / "run", *arguments)
+    assert status == 2 and says in stderr and len(stderr.strip().splitlines()) == 1, stderr
+    assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_scripts_start_where_there_is_no_module_of_unix_alone(tmp_path):
+    program = ("import sys; sys.modules['resource'] = None; sys.modules['fcntl'] = None; "
+               "import train, sample, data; print(train.peak_memory_gib())")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "nan", done.stderr
+
+
+def test_peak_memory_is_in_bytes_on_macos_and_in_kibibytes_elsewhere(monkeypatch):
+    import resource
+    monkeypatch.setattr(resource, "getrusage", lambda who: argparse.Namespace(ru_maxrss=3 * 2**30))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert train.peak_memory_gib() == 3
+    monkeypatch.setattr(resource, "getrusage", lambda who: argparse.Namespace(ru_maxrss=3 * 2**20))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert train.peak_memory_gib() == 3
+
+
+@pytest.mark.parametrize("script, flag", [("train", "--clip-filter"), ("sample", "--interpolate"),
+                                          ("data", "--holdout"), ("tests/evaluate", "--views")])
+def test_help_lists_the_flags(script, flag):
+    done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and flag in done.stdout and not done.stderr
+
+
+def commands_of_the_documents():
+    """(script, arguments) of every command in their blocks, loops and lists of objects filled in."""
+    for name in ("README.md", "docs/results.md"):
+        blocks = re.findall(r"```sh\n(.*?)```", (ROOT / name).read_text(), re.S)
+        for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+            line = re.sub(r"\$\(.*?\)|\$\w+", "7", line)
+            found = re.match(r"\s*python (train|sample|data|tests/evaluate)\.py(.*)", line)
+            if found:
+                yield found[1], shlex.split(found[2], comments=True)
+
+
+def test_every_command_of_the_documents_has_flags_that_fit_together(monkeypatch):
+    # Folders named there are not here: what kind they are of is told by their names.
+    monkeypatch.setattr(data, "is_moving", lambda source: "CLIPS" in source or "weiz" in source)
+    commands = list(commands_of_the_documents())
+    assert len(commands) > 15
+    parsers = {"train": train.parse, "sample": sample.parse, "tests/evaluate": evaluate.parse}
+    for script, arguments in commands:
+        if script in parsers:
+            parsers[script](arguments)
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    real, calls = train.autodecoder.foreground_loss, iter(range(100))
+
+    def spoiled(occupancy, mask):
+        return real(occupancy, mask) * (math.nan if next(calls) == 5 else 1)
+
+    monkeypatch.setattr(train.autodecoder, "foreground_loss", spoiled)
+    with pytest.raises(data.BadInput, match="nan at step 6"):
+        run("--stage", "1", "--steps", "8", out=tmp_path)
+    kept = sample.load_checkpoint(tmp_path, 1)
+    assert kept["step"] == 4 and all(torch.isfinite(v).all() for v in kept["model"].values())
+
+
+def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path, monkeypatch):
+    step, calls = torch.optim.Adam.step, iter(range(100))
+
+    def spoiled(self, *args):
+        step(self, *args)
+        if next(calls) == 7:                             # the loss was finite, the gradient not
+            self.param_groups[0]["params"][0].data.fill_(math.nan)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spoiled)
+    for stage in ("1", "2"):
+        with pytest.raises(data.BadInput, match="not finite at step 8"):
+            run("--stage", stage, "--steps", "8", out=tmp_path)
+        assert sample.load_checkpoint(tmp_path, int(stage))["step"] == 4
+        calls = iter(range(100))
+
+
+def test_one_object_has_no_distribution_to_learn(tmp_path):
+    run("--stage", "1", "--n-objects", "1", "--steps", "1", out=tmp_path)
+    with pytest.raises(data.BadInput, match="one object has none"):
+        run("--stage", "2", "--n-objects", "1", "--steps", "2", out=tmp_path)
+
+
+# ---- Moving subjects -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_learned_poses_lower_the_loss_and_every_number_stays_finite(tmp_path):
+    run(*PUPPETS, "--stage", "1", "--steps", "60", "--log-every", "10", "--growth", "0.03,0.15",
+        "--split-at", "0.35", "--perceptual-weight", "1", "--foreground-weight", "1", out=tmp_path)
+    losses = [float(row[2]) for row in log_rows(tmp_path)[1:]]
+    assert len(losses) == 6 and losses[-1] < 0.8 * losses[0]
+    trained = sample.open_run(tmp_path, stages=(1,))
+    assert int(trained.posenet.active) == 2                        # one part became two
+    assert float(trained.autodecoder.growth) == 1.0
+    for module in (trained.autodecoder, trained.posenet):
+        assert all(value.isfinite().all() for value in module.state_dict().values())
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["psnr_mean_frame"] > 10
+
+
+@pytest.mark.slow
+def test_learned_poses_resume_to_the_same_bits(tmp_path, monkeypatch):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run(*PUPPETS, "--stage", "1", "--steps", "8", out=whole)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        with pytest.raises(KeyboardInterrupt):
+            run(*PUPPETS, "--stage", "1", "--steps", "8", out=halves)
+    run(*PUPPETS, "--stage", "1", "--steps", "8", out=halves, resume=True)
+    for key in ("model", "posenet"):
+        assert same(weights(whole, 1, key), weights(halves, 1, key))
+
+
+def moving_state(**values):
+    settings = settings_of(size=32, parts=2, keypoints=8, body=(0.3, 0.8, 0.3), lr_stage1=1.0,
+                           lr_pose=2.0, lr_parts=0.25, growth=(0.4, 0.6), detail=(0.2, 0.6),
+                           split_at=0.7, steps_stage1=100, **values)
+    dataset = argparse.Namespace(n_objects=2)
+    return settings, train.new_stage1(settings, dataset, "cpu")
+
+
+def test_poses_rest_at_the_start_and_while_density_comes_in_and_parts_learn_slowly():
+    settings, state = moving_state()
+    expected = {0: 0.0, 4: 0.0, 5: 2 * 0.95, 39: 2 * 0.61, 40: 0.0, 59: 0.0, 60: 2 * 0.4,
+                70: 2 * 0.3, 71: 2 * 0.29 * 0.25}
+    for step, rate in expected.items():
+        state.step = step
+        train.follow_schedule(settings, state)
+        decoder, poses = state.optimizer.param_groups
+        assert decoder["lr"] == pytest.approx(1 - step / 100)
+        assert poses["lr"] == pytest.approx(rate), step
+
+
+def test_density_and_detail_come_in_when_they_should_and_one_part_becomes_many():
+    settings, state = moving_state()
+    for step, growth, detail, active in ((0, 0, 0, 1), (30, 0, 0.25, 1), (50, 0.5, 0.75, 1),
+                                         (69, 1, 1, 1), (70, 1, 1, 2)):
+        state.step = step
+        train.follow_schedule(settings, state)
+        assert float(state.autodecoder.growth) == pytest.approx(growth)
+        assert float(state.autodecoder.detail[-1]) == pytest.approx(detail)
+        assert all(state.autodecoder.detail[:-1] == 1)
+        assert int(state.posenet.active) == active
+
+
+def test_gradients_of_either_network_are_clipped_by_themselves(monkeypatch):
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def watched(parameters, most):
+        parameters = list(parameters)
+        clip(parameters, most)
+        total = sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None)
+        norms.append((len(parameters), most, total**0.5))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    args, settings = train.parse(MOVING + ["--clip", "0.001"])
+    dataset = data.load_for(settings, "puppets")
+    settings = train.fit_to_data(settings, None, dataset, "puppets")
+    state = train.new_stage1(settings, dataset, "cpu")
+    next(train.train_moving(settings, dataset, state))
+    assert [count for count, _, _ in norms] == [len(list(network.parameters())) for network in
+                                                (state.autodecoder, state.posenet)]
+    assert all(most == 0.001 and norm <= 0.0010001 for _, most, norm in norms)
+
+
+def test_poses_that_are_not_finite_stop_training_with_a_line(tmp_path, monkeypatch):
+    with pytest.raises(data.BadInput, match="stage 1: (poses are not finite|the loss is nan)"):
+        run(*PUPPETS, "--stage", "1", "--steps", "8", "--lr-pose", "1e30", out=tmp_path)
+    step = torch.optim.Adam.step
+
+    def spoiled(self):
+        step(self)
+        self.param_groups[1]["params"][0].data.fill_(math.nan)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spoiled)
+    with pytest.raises(data.BadInput, match="not finite at step 1"):         # it saves there
+        run(*PUPPETS, "--stage", "1", "--steps", "8", "--save-every", "1", out=tmp_path)
+    assert not (tmp_path / "stage1.pt").exists()
+
+
+def test_the_mean_of_2d_points_is_fixed_once_it_has_settled(tmp_path):
+    for settle_at, batches in (("0.5", 5), ("1.0", 8)):
+        run(*PUPPETS, "--stage", "1", "--steps", "8", "--settle-at", settle_at, out=tmp_path)
+        assert weights(tmp_path, 1, "posenet")["batches"] == batches      # that went into the mean
+
+
+def test_the_body_is_measured_from_what_is_nearly_always_covered():
+    masks = torch.zeros(4, 32, 32, dtype=torch.uint8)
+    position = (torch.arange(32) + 0.5) / 16 - 1
+    ellipse = (position / 0.3)**2 + ((position / 0.7)**2)[:, None] < 1          # y down, x across
+    masks[:] = 255 * ellipse
+    masks[0, :, 20:] = 255                                       # an arm, in one frame of four
+    dataset = data.load("puppets", 32, 0, n_objects=1, n_views=4)
+    dataset.masks = masks
+    assert train.measure_body(dataset) == pytest.approx((0.3, 0.7, 0.3), abs=0.02)
+
+
 def test_cameras_of_rigid_objects_can_be_learned_too(tmp_path):
     run("--cameras", "learned", "--arc", "60", "--size", "32", "--keypoints", "8", "--stage", "1",
         "--steps", "4", out=tmp_path)
@@ -394,196 +884,29 @@ def test_cameras_of_rigid_objects_can_be_learned_too(tmp_path):
     assert checkpoint["settings"]["focal"] == pytest.approx(4.35)
 
 
-def test_a_new_puppet_is_driven_by_a_clip(tmp_path, capsys):
-    for stage in ("1", "2"):                             # by themselves: no first sampling
-        run(*PUPPETS, "--stage", stage, "--steps", "4", out=tmp_path / "run")
-    capsys.readouterr()
-    for who in (["--n", "1", "--steps", "2"], ["--identity", "1"]):
-        sample.main(["--run", str(tmp_path / "run"), "--drive", "0001", *who])
-        named = capsys.readouterr().out.splitlines()[-1].removeprefix("wrote ").split(", ")
-        assert {"motion.png", "views.png", "motion.gif"} <= {Path(p).name for p in named}
-        assert all(Path(p).stat().st_size > 100 for p in named)
-    for flags, says in ((["--drive", "0007"], "0007"), (["--identity", "5"], "0 to 1")):
-        with pytest.raises(data.BadInput, match=says):
-            sample.main(["--run", str(tmp_path / "run"), *flags])
+# ---- Text ----------------------------------------------------------------------------------------
 
 
-def true_poses(run, dataset, frames):
-    """What a perfect pose network would say of puppets: (n, 6, 4, 4)."""
-    M = torch.eye(4).repeat(len(frames), 6, 1, 1)
-    M[:, :, :3] = dataset.truth["poses"][frames]
-    return torch.linalg.inv(M) @ dataset.cam2world[frames, None]
-
-
-def blobs(k):
-    """Puppet k of seed 0 as six opaque balls, each claimed by its part: (1, 10, 32, 32, 32)."""
-    parts, _, _ = data.make_puppet(np.random.default_rng([0, 1000 + int(k)]))
-    centres = torch.stack([torch.stack([p.centre for p in part]).mean(0) for part in parts])
-    at = (torch.arange(32) + 0.5) / 16 - 1
-    xyz = torch.stack(torch.meshgrid(at, at, at, indexing="ij")[::-1], -1)        # z, y, x -> xyz
-    apart = (xyz - centres[:, None, None, None]).norm(dim=-1)                     # (6, D, H, W)
-    solid = 50.0 * (apart.amin(0, keepdim=True) < 0.15)
-    return torch.cat([solid, solid.expand(3, -1, -1, -1) * 0, -100 * apart])[None]
-
-
-def test_perfect_poses_get_perfect_scores(tmp_path, monkeypatch):
-    run(*PUPPETS, "--stage", "1", "--steps", "2", out=tmp_path)
-    trained = sample.load_run(tmp_path, stages=(1,))
-    puppets = data.load("puppets", 32, 6, 0, 2, 48)
-    monkeypatch.setattr(sample, "cameras_of", true_poses)
-    monkeypatch.setattr(trained.autodecoder, "forward", blobs)
-    scores = sample.score_motion(trained, puppets)
-    assert scores["yaw_correlation"] > 0.97 and scores["yaw_share"] == 1
-    assert scores["yaw_slope"] == pytest.approx(1, abs=0.1)         # the arms turn by themselves
-    assert scores["part_purity"] > 0.9 and min(scores["limb_correlation"]) > 0.9
-
-
-def test_learned_cameras_are_scored_up_to_one_rotation_and_one_scale_of_azimuth(monkeypatch):
-    dataset = data.load("synthetic", 16, 6, 0, 3, 24, arc=60)
-    tilt = render.orbit(torch.tensor(0.3), torch.tensor(0.2), 1.0)[:3, :3]
-    a = torch.atan2(dataset.cam2world[:, 0, 2], dataset.cam2world[:, 2, 2])
-
-    def seen(noise, mirrored=()):
-        turn = torch.where(torch.isin(dataset.object_index, torch.tensor(mirrored)), -a, a)
-        cameras = render.orbit(turn / 2, torch.full_like(a, 0.2618), 12.0)           # 15 degrees
-        wrong = render.orbit(noise * torch.arange(len(a)).cos(), 0 * a, 1.0)
-        cameras[:, :3, :3] = tilt @ wrong[:, :3, :3] @ cameras[:, :3, :3]
-        monkeypatch.setattr(sample, "cameras_of", lambda *_: cameras[:, None])
-        return sample.score_cameras(None, dataset)
-
-    assert seen(0.0)["rotation_error"] < 1 and seen(0.0)["azimuth_scale"] == pytest.approx(2, 0.02)
-    assert 3 < seen(0.1)["rotation_error"] < 12
-    one = seen(0.0, mirrored=[1])
-    assert one["mirrored"] == pytest.approx(1 / 3) and one["azimuth_scale"] == pytest.approx(2, 0.1)
-
-
-def test_stage_2_on_the_stage_1_of_another_run_and_on_whole_volumes(tmp_path):
-    run("--stage", "1", "--steps", "2", out=tmp_path / "a")
-    run("--stage", "2", "--steps", "2", "--decoder", str(tmp_path / "a"), "--space", "volume",
-        out=tmp_path / "b")
-    trained = sample.load_run(tmp_path / "b")
-    noise = sample.latent_noise(trained, 2, 0)
-    volumes = sample.decode(trained, sample.sample_latents(trained, noise, 2))
-    assert volumes.shape == (2, 4, 16, 16, 16)
-    assert not (tmp_path / "a" / "stage2.pt").exists()
-    run("--stage", "1", "--steps", "3", out=tmp_path / "e")              # has its own stage 1
-    ours = sample.load_checkpoint(tmp_path / "e", 1)["fingerprint"]
-    with pytest.raises(data.BadInput, match="--resume"):
-        run("--stage", "2", "--decoder", str(tmp_path / "a"), out=tmp_path / "e", resume=True)
-    assert sample.load_checkpoint(tmp_path / "e", 1)["fingerprint"] == ours
-    for resume in (False, True):
-        run("--stage", "2", "--steps", "2", "--decoder", str(tmp_path / "a"),
-            out=tmp_path / "e", resume=resume)
-        assert torch.load(tmp_path / "e" / "stage1.old", weights_only=True)["fingerprint"] == ours
-    assert "psnr_heldout" not in json.loads((tmp_path / "e" / "metrics.json").read_text())
-    status, stderr = call("--decoder", tmp_path / "a", "--out", tmp_path / "c")
-    assert status == 2 and "--stage 2" in stderr and not (tmp_path / "c").exists()
-    sample.main(["--run", str(tmp_path / "b"), "--evaluate", "--n", "25", "--views", "10",
-                 "--steps", "2", "--voxel", str(tmp_path / "b")])
-    sample.main(["--run", str(tmp_path / "b"), "--evaluate", "--n", "25", "--steps", "1", "--out",
-                 str(tmp_path / "d")])
-    metrics = json.loads((tmp_path / "d" / "metrics.json").read_text())
-    assert metrics["settings"]["sample_steps"] == 1 and np.isfinite(metrics["fd"])
-    metrics = json.loads((tmp_path / "b" / "metrics.json").read_text())
-    assert metrics["settings"]["sample_steps"] == 2
-    for kind in ("", "_voxel", "_direct", "_direct_normal", "_train"):
-        assert all(np.isfinite(metrics[name + kind]) for name in ("fd", "kd", "memorization"))
-        assert 0 <= metrics["empty" + kind] <= 1
-    assert metrics["samples"] == 25 and metrics["views"] == 10
-    assert metrics["memorization_train"] > 0          # a training object is not its own nearest one
-    # Scores of an earlier evaluation do not stay beside those of this one.
-    sample.main(["--run", str(tmp_path / "b"), "--evaluate", "--n", "25", "--steps", "1",
-                 "--no-baselines"])
-    metrics = json.loads((tmp_path / "b" / "metrics.json").read_text())
-    assert "fd" in metrics and not {"fd_direct", "fd_voxel", "cov_train"} & set(metrics)
-
-
-def test_stage_2_of_another_seed_is_compared_with_the_objects_it_learned_from(tmp_path,
-                                                                              monkeypatch):
-    run("--stage", "1", "--steps", "2", "--seed", "3", out=tmp_path)
-    run("--stage", "2", "--steps", "2", "--seed", "4", out=tmp_path)
-    trained = sample.load_run(tmp_path)
-    assert trained.settings["seed"] == 4
-    seen = []
-    monkeypatch.setattr(sample, "evaluate", lambda run, dataset, *_, **__: seen.append(dataset) or
-                        {})
-    sample.main(["--run", str(tmp_path), "--evaluate", "--n", "25", "--steps", "1"])
-    assert seen[0].captions == trained.captions
-    assert torch.equal(seen[0].images, data.load("synthetic", 16, 6, 3, 4, 6).images)
-
-
-def test_shaken_cameras_turn_about_the_object_by_the_angle_asked_for_and_heldout_ones_stay():
-    dataset = data.load("synthetic", 16, 6, 0, 20, 24)
-    shaken, was = train.shake_cameras(dataset, 5.0, 0).cam2world, dataset.cam2world
-    kept = dataset.heldout
-    assert torch.equal(shaken[kept], was[kept])
-    torch.testing.assert_close(shaken[:, :3, 3].norm(dim=1), was[:, :3, 3].norm(dim=1))
-    turn = shaken[~kept, :3, :3] @ was[~kept, :3, :3].mT                  # R, and X = R X
-    torch.testing.assert_close(turn @ was[~kept, :3, 3:], shaken[~kept, :3, 3:], rtol=0, atol=1e-5)
-    torch.testing.assert_close(turn @ turn.mT, torch.eye(3).expand_as(turn), rtol=0, atol=1e-5)
-    cosine = (turn.diagonal(dim1=1, dim2=2).sum(1) - 1) / 2
-    angle = torch.rad2deg(cosine.clamp(-1, 1).acos())
-    assert angle.square().mean().sqrt() == pytest.approx(5, rel=0.1)      # 400 cameras: +-0.18
-
-
-def test_as_many_numbers_become_extreme_as_asked_for_and_robust_normalization_does_not_see_them():
-    latents = torch.randn(50, 8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    extreme = train.make_extreme(latents, 10)
-    changed = extreme != latents
-    assert changed.sum() == 10 and (extreme[changed].abs() == 1e4).all()
-    spread = {mode: sample.build_normalizer({"normalization": mode, "per_channel": False,
-                                             "latent_scale": 1.0}).fit(extreme).s
-              for mode in ("robust", "meanstd")}
-    assert float(spread["robust"]) == pytest.approx(1, abs=0.02) and float(spread["meanstd"]) > 100
-
-
-def test_words_from_captions_to_a_prompt(tmp_path, capsys, monkeypatch):
-    run("--steps", "2", "--stage", "1", out=tmp_path)
-    run("--steps", "3", "--stage", "2", "--text", "--context-dim", "16", out=tmp_path)
-    trained = sample.load_run(tmp_path)
-    assert {"chair", "table", "with"} <= set(sample.load_checkpoint(tmp_path, 2)["vocabulary"])
-    noise = sample.latent_noise(trained, 1, 0)
-    red, blue, none, null = (
-        sample.sample_latents(trained, noise, 2, prompts=prompts, guidance=1) for prompts in
-        (["a red chair"], ["a blue table"], None, [""]))
-    assert not torch.equal(red, blue) and torch.equal(none, null)
-    sample.main(["--run", str(tmp_path), "--prompt", "a crimson chair", "--n", "1", "--steps", "1"])
+def test_words_from_captions_to_a_prompt(copied, capsys):
+    run("--steps", "3", "--stage", "2", "--text", "--context-dim", "16", out=copied)
+    assert {"chair", "table", "with"} <= set(sample.load_checkpoint(copied, 2)["vocabulary"])
+    run("--steps", "5", "--stage", "2", "--text", "--context-dim", "16", out=copied, resume=True)
+    assert sample.load_checkpoint(copied, 2)["step"] == 5
+    sample.main(["--run", str(copied), "--prompt", "a crimson chair", "--n", "1", "--steps", "1"])
     assert "crimson" in capsys.readouterr().err
-    with monkeypatch.context() as patch:                 # an interpolation is of the prompt, too
-        shown, decode = [], sample.decode
-        patch.setattr(sample, "decode", lambda run, z: shown.append(z) or decode(run, z))
-        sample.save_interpolation(trained, tmp_path, (3, 5), 1, "a red chair", 1.0)
-        ends = torch.cat([sample.latent_noise(trained, 1, seed) for seed in (3, 5)])
-        expected = sample.sample_latents(trained, ends, 1, prompts=["a red chair"] * 2, guidance=1)
-        torch.testing.assert_close(shown[0][[0, -1]], expected, rtol=1e-4, atol=1e-4)
-    torch.save(sample.AttributeReader().state_dict(), tmp_path / "reader.pt")    # knows nothing
-    sample.main(["--run", str(tmp_path), "--evaluate", "--n", "25", "--steps", "1",
-                 "--no-baselines"])
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    for name in ("colour", "parts"):
-        assert all(0 <= metrics[f"text_{name}{key}"] <= 1 for key in ("", "_true", "_chance"))
-    assert metrics["text_diversity"] >= 0
-    # The null prompt at any weight: given and free answer alike.
-    torch.testing.assert_close(null, sample.sample_latents(trained, noise, 2, prompts=[""],
-                                                           guidance=7.0), rtol=1e-4, atol=1e-4)
 
 
-def test_t5_runs_once_and_its_tokens_are_kept_beside_the_run(t5_folder, tmp_path, monkeypatch):
-    run("--steps", "2", "--stage", "1", out=tmp_path)
+def test_t5_runs_once_and_its_tokens_are_kept_beside_the_run(t5_folder, copied, monkeypatch):
     text = ("--stage", "2", "--text", "--t5", str(t5_folder))
-    run("--steps", "2", *text, out=tmp_path)
-    kept = sample.load_weights("--t5", tmp_path / "text.pt", "")
-    captions = sample.load_checkpoint(tmp_path, 1)["captions"]
+    run("--steps", "2", *text, out=copied)
+    kept = sample.load_weights("--t5", copied / "text.pt", "")
+    captions = sample.load_checkpoint(copied, 1)["captions"]
     assert kept["prompts"] == sorted({"", *captions})
-    encode = train.diffusion.T5Encoder(t5_folder)
+    encode = diffusion.T5Encoder(t5_folder)
     for i, prompt in enumerate(kept["prompts"]):
         torch.testing.assert_close(kept["tokens"][i], encode([prompt])[0][0])
-    trained, noise = sample.load_run(tmp_path), sample.latent_noise(sample.load_run(tmp_path), 1, 0)
-    red, blue = (sample.sample_latents(trained, noise, 2, prompts=[prompt], guidance=3)
-                 for prompt in ("a red chair", "a blue table"))
-    assert not torch.equal(red, blue)
-    monkeypatch.setattr(train.diffusion, "T5Encoder", None)           # not called a second time
-    run("--steps", "4", *text, "--resume", out=tmp_path)
-    (tmp_path / "text.pt").write_bytes(b"damaged")
+    monkeypatch.setattr(diffusion, "T5Encoder", None)                 # not called a second time
+    run("--steps", "4", *text, out=copied, resume=True)
+    (copied / "text.pt").write_bytes(b"damaged")
     with pytest.raises(data.BadInput, match="text.pt: not a file of weights"):
-        run("--steps", "4", *text, out=tmp_path)
+        run("--steps", "4", *text, out=copied)
