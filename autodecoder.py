@@ -1,22 +1,21 @@
 """The number of an object goes in; its volume of density and colour comes out. Stage 1.
 
-Paper: Sec. 3.1 and App. B.1 (the decoder G = G2 . G1); Sec. 3.2, Eq. 1 (pyramidal perceptual loss)
-and Eq. 2 (foreground loss). Second reading: App. B.3, Eq. 9 to 11 (hash embedding); Sec. 3.2 and
-App. B.1 for what moves (2D keypoints, Perspective-n-Point, one pose for every part).
+Paper: Sec. 3.1 and App. B.1 (the decoder G); Sec. 3.2, Eq. 1 and 2 (its losses).
 
 An autoencoder has an encoder, which looks at an object and sums it up in a vector. An AUTOdecoder
 has none: every training object owns a vector, its embedding e, a row of a table that starts as
 noise. The network turns e into a volume, the volume is rendered and compared with the photos, and
 the gradient flows all the way back: into the network, and into the row of this one object.
 
-    e (B, 1024) -> Linear -> 4^3 x 512 -> 8^3 x 256 = latent -> 16^3 -> 32^3 -> 64^3 -> 4 channels
-    |_________________ G1: decode_latent __________________| |________ G2: decode_volume ________|
+    e (1024) -> Linear -> 4^3 x 512 -> 8^3 x 256 = latent -> 16^3 -> 32^3 -> 64^3 -> density, rgb
+    |____________ G1: decode_latent ____________________| |_________ G2: decode_volume _________|
 
-After stage 1 the network is frozen. Diffusion (stage 2) learns the distribution of the latents of
-all training objects; a new object is a new latent, decoded by G2. G1 and the table are not used.
+Each arrow from one side to the next is a level: residual blocks, the first of which doubles the
+side and halves the channels; at 8^3 and 16^3 also self-attention. After stage 1, G is frozen. Stage
+2 learns how latents (the paper's F) are distributed; a new object is a new latent, decoded by G2.
 
-Shapes: B objects, C channels, N dataset objects, D = H = W the side of a volume.
-Simplified: without a file of VGG-19 weights, Eq. 1 compares pixels and their gradients.
+Shapes: B objects, C channels, D = H = W the side of a volume.
+Simplified: Eq. 1 compares pixels and edges; the paper's VGG-19 is in the second reading.
 Read next: normalize.py
 """
 import math
@@ -26,70 +25,43 @@ import torch.nn.functional as F
 from torch import nn
 
 # ---- What the decoder is built from (App. B.1) --------------------------------------------------
-
-
-def group_norm(channels):
-    """Group norm with 8 groups, or one a channel where there are fewer than 8 channels."""
-    groups = min(8, channels)
-    if channels % groups:
-        raise ValueError(f"group norm: {channels} channels cannot be divided into {groups} groups; "
-                         "take a multiple of 8")
-    return nn.GroupNorm(groups, channels)
-
-
-def make_norm(norm, channels):
-    """PAPER: "batch". OURS: "group", which looks at one object at a time, for small batches."""
-    if norm == "batch":
-        return nn.BatchNorm3d(channels)
-    return group_norm(channels)
+NORMS = {"batch": nn.BatchNorm3d}                    # PAPER. The second reading adds "group"
 
 
 class Pointwise(nn.Linear):
-    """A 1x1x1 convolution: one matrix for every voxel. (B, c_in, D, H, W) -> (B, c_out, D, H, W).
-
-    OURS: nn.Conv3d(c_in, c_out, 1) is the same, but its backward pass is slow on CPUs.
-    """
+    """A 1x1x1 convolution, a matrix for every voxel: (B, c_in, D, H, W) -> (B, c_out, D, H, W)."""
 
     def forward(self, x):
-        x = x.movedim(1, -1)                                         # (B, D, H, W, c_in)
-        x = super().forward(x)
-        return x.movedim(-1, 1)                                      # (B, c_out, D, H, W)
+        # OURS: nn.Conv3d(c_in, c_out, 1) is the same, but its backward pass is slow on CPUs.
+        x = super().forward(x.movedim(1, -1))        # nn.Linear wants the channels last
+        return x.movedim(-1, 1)
 
 
 class ResidualBlock(nn.Module):
-    """x -> shortcut(x) + main(x). (B, c_in, D, H, W) -> (B, c_out, D, H, W), or twice the side.
+    """x -> shortcut(x) + main(x). (B, c_in, D, H, W) -> (B, c_out, D, H, W), or 2 D, 2 H, 2 W.
 
     PAPER: the main path is two 3x3x3 convolutions, each with a norm; the shortcut ("residual path")
-    is a 1x1x1 convolution; ReLU. OURS: where the width stays, the shortcut is x itself.
-    upsample  double the side
+    is a 1x1x1 convolution; ReLU. OURS: where c_in = c_out, the shortcut is x itself.
     """
 
     def __init__(self, c_in, c_out, upsample=False, norm="batch"):
         super().__init__()
         self.upsample = upsample
         if upsample:
-            # OURS: a transposed convolution doubles the side in one step, with 8 products for every
-            # voxel that comes out. To repeat voxels first and then convolve takes 27.
+            # OURS: a transposed convolution, which doubles the side and convolves in one step.
             self.conv1 = nn.ConvTranspose3d(c_in, c_out, 4, stride=2, padding=1, bias=False)
         else:
             self.conv1 = nn.Conv3d(c_in, c_out, 3, padding=1, bias=False)
         self.conv2 = nn.Conv3d(c_out, c_out, 3, padding=1, bias=False)
-        self.norm1 = make_norm(norm, c_out)          # has a bias: the convolutions need none
-        self.norm2 = make_norm(norm, c_out)
-        if c_in == c_out:
-            self.skip = nn.Identity()
-        else:
-            self.skip = Pointwise(c_in, c_out)
+        self.norm1 = NORMS[norm](c_out)              # has a bias: the convolutions need none
+        self.norm2 = NORMS[norm](c_out)
+        self.skip = nn.Identity() if c_in == c_out else Pointwise(c_in, c_out)
 
     def forward(self, x):
         # AMBIGUOUS: where the ReLUs stand. OURS: in front of the convolutions. One behind the sum
-        # would cut off at zero what a block returns, the latent among it, and that is bell-shaped
-        # in Fig. 9.
-        h = F.relu(x)
-        h = self.norm1(self.conv1(h))
-        h = F.relu(h)
-        h = self.norm2(self.conv2(h))
-
+        # would leave no negative numbers, not even in the latent, which Fig. 9 shows bell-shaped.
+        h = self.norm1(self.conv1(F.relu(x)))
+        h = self.norm2(self.conv2(F.relu(h)))
         shortcut = self.skip(x)                      # before it is enlarged: the same, but cheaper
         if self.upsample:
             shortcut = F.interpolate(shortcut, scale_factor=2, mode="nearest")
@@ -101,52 +73,41 @@ class SelfAttention(nn.Module):
 
     A convolution sees its neighbours; this sees that the left armrest is like the right one. Its
     cost grows with the number of voxels squared: hence only at 8^3 and 16^3 (PAPER).
-    AMBIGUOUS: the paper says no more than "self-attention". OURS: heads of about 64 channels.
+    AMBIGUOUS: the paper says no more. OURS: heads of about c = 64 channels, as in its U-Net (ADM).
     """
 
     def __init__(self, channels, head_channels=64):
         super().__init__()
         self.heads = max(1, channels // head_channels)
         if channels % self.heads:
-            raise ValueError(f"attention: {channels} channels are not a multiple of {self.heads} "
-                             f"heads; a multiple of {head_channels} fits")
-        self.norm = nn.GroupNorm(1, channels)
+            raise ValueError(f"attention: {self.heads} heads do not divide {channels} channels")
+        self.norm = nn.GroupNorm(1, channels)        # one mean and one deviation for each object
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
         nn.init.zeros_(self.proj.weight)             # so that it starts as the identity
         nn.init.zeros_(self.proj.bias)
 
-    def split_heads(self, x):
-        """(B, DHW, C) -> (B, heads, DHW, C / heads)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
     def forward(self, x):
-        tokens = self.norm(x).flatten(2).transpose(1, 2)             # (B, DHW, C)
-        q, k, v = self.qkv(tokens).chunk(3, dim=-1)                  # (B, DHW, C) each
-        q = self.split_heads(q)
-        k = self.split_heads(k)
-        v = self.split_heads(v)
+        voxels = self.norm(x).flatten(2).transpose(1, 2)             # (B, DHW, C)
+        qkv = self.qkv(voxels).unflatten(-1, (3, self.heads, -1))    # (B, DHW, 3, heads, c)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                         # (B, heads, DHW, c) each
         seen = F.scaled_dot_product_attention(q, k, v)               # softmax(q k^T / sqrt(c)) v
         seen = seen.transpose(1, 2).flatten(2)                       # (B, DHW, C)
         return x + self.proj(seen).transpose(1, 2).reshape(x.shape)
 
 
-# ---- The decoder G: object number -> embedding -> latent (G1) -> volume (G2) --------------------
+# ---- The decoder G: object number k -> embedding e -> latent (G1) -> volume (G2) ----------------
 
 
 class AutoDecoder(nn.Module):
-    """G = G2 . G1. See the drawing on top of this file.
+    """G(e) = G2(G1(e)), drawn on top of this file. Defaults: PAPER, for ShapeNet Chairs (Tab. 5).
 
     embedding    a module: object numbers k (B,) int64 -> e (B, embed_dim)
-    embed_dim    length of e. PAPER: 1024; 64 costs more than anything else that was tried (Tab. 2)
-    channels     features of the first volume (512), halved at every doubling of the side
-    start_side   side of the first volume (4)
-    volume_side  side of the last (64; ABO Tables 128)
-    latent_side  where G is cut into G1 and G2 (8); any side on the way will do
-    depth        residual blocks per side (4; ABO Tables 2)
-    attention    sides with self-attention (8, 16)
-    norm         "batch" (PAPER) or "group"
-    raises ValueError where the sides do not double from start_side to volume_side
+    embed_dim    length of e; with 64, pictures get worse than by any other change (PAPER: Tab. 2)
+    channels     features of the first volume, whose side is start_side
+    latent_side  where G is cut into G1 and G2; any side from start_side to volume_side will do
+    depth        residual blocks of a level     attention  sides whose level ends with attention
+    out_channels 4: density and colour          raises ValueError where a side is not in `sides`
     """
 
     def __init__(self, embedding, embed_dim=1024, channels=512, start_side=4, volume_side=64,
@@ -157,157 +118,108 @@ class AutoDecoder(nn.Module):
         widths = [max(1, channels // 2**i) for i in range(doublings + 1)]     # 512, 256, ... 32
         if volume_side not in self.sides or latent_side not in self.sides:
             raise ValueError(f"volume_side {volume_side} and latent_side {latent_side} must be "
-                             f"start_side {start_side} times a power of two, in this order")
-        self.start_side = start_side
+                             f"among {self.sides}: start_side {start_side} and its doubles")
         self.volume_side = volume_side
-        self.latent_side = latent_side
         # AMBIGUOUS: where G1 ends. The paper says "after the first upsampling block". OURS: after
         # the whole level of that side, all its blocks and its attention: a cut between two sides.
-        self.cut = self.sides.index(latent_side)     # levels[:cut] belong to G1, levels[cut:] to G2
+        self.cut = self.sides.index(latent_side)     # levels[:cut] are G1's, levels[cut:] are G2's
         self.latent_shape = (widths[self.cut], latent_side, latent_side, latent_side)
-
         self.embedding = embedding
         self.linear = nn.Linear(embed_dim, channels * start_side**3)
-        self.levels = nn.ModuleList()                # levels[i] doubles the side to sides[i + 1]
+        self.levels = nn.Sequential()                # levels[i] leads from sides[i] to sides[i + 1]
         for i in range(doublings):
-            c_in = widths[i]
-            c_out = widths[i + 1]
-            level = [ResidualBlock(c_in, c_out, upsample=True, norm=norm)]
+            width = widths[i + 1]
+            level = nn.Sequential(ResidualBlock(widths[i], width, upsample=True, norm=norm))
             for _ in range(depth - 1):
-                level.append(ResidualBlock(c_out, c_out, norm=norm))
+                level.append(ResidualBlock(width, width, norm=norm))
             if self.sides[i + 1] in attention:
-                level.append(SelfAttention(c_out))
-            self.levels.append(nn.Sequential(*level))
-        self.head = nn.Sequential(make_norm(norm, widths[-1]), Pointwise(widths[-1], out_channels))
-        # OURS: the channels of a voxel lie side by side in memory. Same shapes, faster on CPUs.
-        self.to(memory_format=torch.channels_last_3d)
+                level.append(SelfAttention(width))
+            self.levels.append(level)
+        self.head = nn.Sequential(NORMS[norm](widths[-1]), Pointwise(widths[-1], out_channels))
+        self.to(memory_format=torch.channels_last_3d)    # OURS: order in memory; faster on CPUs
 
     @classmethod
-    def from_settings(cls, settings, n_objects):
-        """The decoder that settings describe, with a table of one row per object."""
-        embedding = nn.Embedding(n_objects, settings.embed_dim)      # rows start as N(0, I)
-        return cls.with_embedding(embedding, settings)
-
-    @classmethod
-    def with_embedding(cls, embedding, settings):
-        """The decoder that settings describe, around an embedding that is there already."""
-        return cls(embedding, **decoder_sizes(settings))
+    def from_settings(cls, settings, n_objects, embedding=None, **others):
+        """The decoder of these settings. embedding: if None, a table that starts as N(0, I)."""
+        if embedding is None:
+            embedding = nn.Embedding(n_objects, settings.embed_dim)
+        return cls(embedding, embed_dim=settings.embed_dim, channels=settings.channels,
+                   start_side=settings.start_side, volume_side=settings.volume_side,
+                   latent_side=settings.latent_side, depth=settings.decoder_depth,
+                   attention=settings.decoder_attention, norm=settings.norm, **others)
 
     def embed(self, k):
-        """k (B,) int64 -> e (B, embed_dim)."""
-        return self.embedding(k)
+        return self.embedding(k)                     # k (B,) int64 -> e (B, embed_dim)
 
     def decode_latent(self, e):
         """G1: e (B, embed_dim) -> latent (B, C, s, s, s), s = latent_side."""
-        side = self.start_side
+        side = self.sides[0]
         x = self.linear(e).unflatten(1, (-1, side, side, side))      # (B, 512, 4, 4, 4)
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-        for level in self.levels[:self.cut]:
-            x = level(x)
-        return x                                                     # (B, 256, 8, 8, 8)
+        x = x.contiguous(memory_format=torch.channels_last_3d)       # in memory as the weights are
+        return self.levels[:self.cut](x)                             # (B, 256, 8, 8, 8)
 
     def decode_volume(self, latent):
-        """G2: latent (B, C, s, s, s) -> volume (B, 4, D, H, W), which render.py can look at.
-
-        Channel 0 is density, >= 0 per world unit; 1 to 3 are red, green and blue in [0, 1].
-        raises ValueError on another latent_shape
-        """
-        expected = (len(latent), *self.latent_shape)
-        if latent.shape != expected:
-            raise ValueError(f"latent must be {expected}, got {tuple(latent.shape)}")
+        """G2: latent (B, C, s, s, s) -> volume (B, 4, D, H, W): density, red, green, blue."""
+        if latent.shape[1:] != self.latent_shape:
+            raise ValueError(f"a latent must be {self.latent_shape}, got {tuple(latent.shape[1:])}")
         return self.activate(self.decode_raw(latent))
 
     def decode_raw(self, latent):
-        """The convolutions of G2: latent -> (B, 4, D, H, W), any number."""
+        """G2 but for its last step: latent -> (B, 4, D, H, W), any real numbers."""
         x = latent.contiguous(memory_format=torch.channels_last_3d)
-        for level in self.levels[self.cut:]:
-            x = level(x)
+        x = self.levels[self.cut:](x)
         return self.head(x)
 
     def activate(self, raw):
-        """The rest of G2: any number (B, 4, D, H, W) -> density >= 0, colours in [0, 1]."""
-        # OURS: where the network says 0 there is grey, thin fog: softplus(-3) = 0.05 a voxel. TRAP:
-        # in dense fog the front hides all that lies behind, and what is hidden does not learn.
-        start = raw.new_tensor([-3, 0, 0, 0]).view(4, 1, 1, 1)
-        raw = raw + start
-        # OURS: a voxel is 2 / D world units wide, so this counts density in "optical thickness of
-        # one voxel", and the network's output means the same opacity at 32^3 and at 128^3.
-        density = F.softplus(raw[:, :1]) * (self.volume_side / 2)
-        rgb = torch.sigmoid(raw[:, 1:4])
-        volume = torch.cat([density, rgb], dim=1)
-        return volume.contiguous()                   # one channel behind the other, for render.py
+        """The last step of G2, same shape: density >= 0 per world unit, colours in [0, 1]."""
+        # OURS: where the network says 0 there is thin fog: softplus(-3) = 0.05 a voxel. TRAP: in
+        # dense fog the front hides all that lies behind, and what is hidden does not learn.
+        # A voxel is 2 / D world units wide: so one output makes voxels equally opaque at every D.
+        density = F.softplus((raw - 3)[:, :1]) * (self.volume_side / 2)
+        rgb = torch.sigmoid(raw[:, 1:])
+        return torch.cat([density, rgb], dim=1).contiguous()         # in memory as in render.py
 
     def forward(self, k):
         """G: k (B,) int64 -> volume (B, 4, D, H, W)."""
-        e = self.embed(k)
-        latent = self.decode_latent(e)
-        return self.decode_volume(latent)
-
-
-def decoder_sizes(settings):
-    """What AutoDecoder takes, by name, out of the settings of a whole run."""
-    return dict(
-        embed_dim=settings.embed_dim,
-        channels=settings.channels,
-        start_side=settings.start_side,
-        volume_side=settings.volume_side,
-        latent_side=settings.latent_side,
-        depth=settings.decoder_depth,
-        attention=settings.decoder_attention,
-        norm=settings.norm,
-    )
+        return self.decode_volume(self.decode_latent(self.embed(k)))
 
 
 # ---- Losses (Sec. 3.2, Eq. 1 and 2) -------------------------------------------------------------
 
 
 def pixels_and_gradients(image):
-    """The picture, and its differences between neighbours. (B, 3, H, W) -> list of three maps.
-
-    OURS: what Eq. 1 compares where there is no VGG-19. Differences see edges: with pixels alone, a
-    blurred edge is nearly as good as a sharp one. Measured: docs/results.md.
-    """
+    """The f of Eq. 1: (B, 3, H, W) -> the picture itself, and its steps from pixel to pixel."""
+    # OURS. Steps see edges: with pixels alone, a blurred edge is nearly as good as a sharp one.
     across = image.diff(dim=-1)                                      # (B, 3, H, W - 1)
     down = image.diff(dim=-2)                                        # (B, 3, H - 1, W)
     return [image, across, down]
 
 
-def feature_distance(features, rendered, true):
-    """Sum over the maps i of mean |f_i(rendered) - f_i(true)|."""
-    with torch.no_grad():
-        goals = features(true)                       # photos do not learn
-    distance = 0
-    for made, goal in zip(features(rendered), goals):
-        distance = distance + (made - goal).abs().mean()
-    return distance
-
-
 def pyramid_loss(features, rendered, true, levels=3):
-    """Eq. 1: sum over pyramid levels l and maps i of mean |f_i(D_l(rendered)) - f_i(D_l(true))|.
+    """Eq. 1: sum over l and i of mean |f_i(D_l(rendered)) - f_i(D_l(true))|.
 
-    features        maps a picture (B, 3, H, W) to a list of maps; in the paper layers of VGG-19
-    rendered, true  (B, 3, H, W) in [0, 1]
-    levels          D_l halves the picture l times: 1, 1/2, 1/4. PAPER: as in its predecessor
-    raises ValueError where the shapes differ
+    features        f: (B, 3, H, W) -> list of maps (B, ...), one per i. PAPER: layers of VGG-19
+    rendered, true  (B, 3, H, W) in [0, 1]; ValueError where their shapes differ
+    levels          D_l halves l times: sides 1, 1/2, 1/4, as in Unsupervised Volumetric Animation
     """
     if rendered.shape != true.shape:
         raise ValueError(f"rendered {tuple(rendered.shape)} and true {tuple(true.shape)} differ")
-    loss = feature_distance(features, rendered, true)
-    for _ in range(levels - 1):
-        # The halved pictures see coarse mistakes, such as a leg in the wrong place, as a whole.
+    loss = 0
+    for _ in range(levels):
+        distance = 0
+        for made, goal in zip(features(rendered), features(true)):
+            distance = distance + (made - goal).abs().mean()
+        loss = loss + distance
         if min(rendered.shape[-2:]) < 4:
             break                                    # one pixel has no neighbours to differ from
-        rendered = F.avg_pool2d(rendered, 2)
-        true = F.avg_pool2d(true, 2)
-        loss = loss + feature_distance(features, rendered, true)
+        rendered = F.avg_pool2d(rendered, 2)         # a small picture shows coarse mistakes, such
+        true = F.avg_pool2d(true, 2)                 # as a misplaced leg, as a whole
     return loss
 
 
 def foreground_loss(occupancy, mask):
-    """Eq. 2: mean |O - mask|. O is Eq. 7: how much of a ray is stopped.
-
-    Without it a black object before a black background may as well be thin fog (Fig. 6).
-    """
+    """Eq. 2: mean |O - mask|; any shape, in [0, 1]. O is Eq. 7: how much of a ray is stopped."""
+    # Without it a black object before a black background may as well be thin fog (Fig. 6).
     return (occupancy - mask).abs().mean()
 
 
@@ -318,6 +230,21 @@ from typing import NamedTuple                                        # noqa: E40
 from data import BadInput                                            # noqa: E402
 
 # Shapes, besides those above: P parts, K keypoints of a part, n frames.
+
+
+def group_norm(channels):
+    """Group norm with 8 groups, or one a channel where there are fewer than 8 channels.
+
+    OURS: for small batches. It looks at one object at a time, batch norm at all objects of a step.
+    """
+    groups = min(8, channels)
+    if channels % groups:
+        raise ValueError(f"group norm: {channels} channels cannot be divided into {groups} groups; "
+                         "take a multiple of 8")
+    return nn.GroupNorm(groups, channels)
+
+
+NORMS["group"] = group_norm                                          # the other value of `norm`
 
 # ---- Hash embedding (App. B.3, Eq. 9 to 11) -----------------------------------------------------
 
@@ -989,11 +916,12 @@ class MovingDecoder(AutoDecoder):
         self.register_buffer("detail", torch.ones(len(self.levels), device="cpu"))
 
     @classmethod
-    def with_embedding(cls, embedding, settings):
-        """As of AutoDecoder; so from_settings, which calls this one, needs no second version."""
+    def from_settings(cls, settings, n_objects, embedding=None):
+        """As of AutoDecoder."""
         half_axes = settings.body if settings.ellipsoid else ()
-        return cls(embedding, settings.parts, half_axes, settings.skin_layout, settings.reach,
-                   **decoder_sizes(settings))
+        return super().from_settings(
+            settings, n_objects, embedding, parts=settings.parts, half_axes=half_axes,
+            skin_layout=settings.skin_layout, reach=settings.reach)
 
     def decode_raw(self, latent):
         """The convolutions of G2, and the prior: latent -> (B, 4 or 4 + P, D, H, W), any number."""
@@ -1090,8 +1018,8 @@ def usage_loss(volume):
 
 def build_decoder(settings, n_objects):
     """The decoder that settings describe: rigid or moving, with a table or a hash embedding."""
-    kind = MovingDecoder if settings.parts else AutoDecoder
+    embedding = None                                                 # a table
     if settings.codebooks:
         embedding = HashEmbedding.from_settings(settings, n_objects)
-        return kind.with_embedding(embedding, settings)
-    return kind.from_settings(settings, n_objects)
+    kind = MovingDecoder if settings.parts else AutoDecoder
+    return kind.from_settings(settings, n_objects, embedding)

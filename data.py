@@ -1,10 +1,8 @@
-"""Objects go in, made up or photographed; one Dataset comes out: frames, masks and cameras.
+"""Objects go in, made up or photographed; frames with their masks and cameras come out.
 
 Paper: Sec. 3.1 and 4.1. Pictures with masks and cameras are all that the method ever sees of an
-object: no shape, no mesh. At a first reading chairs of boxes and cylinders are made up and then
-photographed, so no files are needed. At a second, photos and clips are read, and puppets made.
-
-    python data.py --data PATH      tells what is in PATH and draws it: try this first
+object: no shape, no mesh. At a first reading chairs are made up of boxes and then photographed, so
+no files are needed. At a second come other objects, people who move, photos and clips.
 
 Shapes: N objects, V views of one object, R rays, K points; `size` is the side of the pictures.
 Simplified: all frames sit in memory as bytes, 16 KiB each at 64 x 64. Objaverse would not fit.
@@ -15,79 +13,64 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from render import orbit, pixel_directions, project
-
-
-class BadInput(Exception):
-    """What a stranger gave us is wrong: one line saying what, where, and what to do."""
-
+from render import orbit, pixel_directions
 
 # ---- What every source becomes -------------------------------------------------------------------
 
 
 @dataclass
-class Dataset:
-    """Frames of N objects, each object inside [-1, 1]^3 with y up."""
-    images: Tensor               # (frames, size, size, 3) uint8, colour x mask: black outside
-    masks: Tensor                # (frames, size, size) uint8, 255 inside, in between on the edges
-    cam2world: Tensor            # (frames, 4, 4) float32, in render.py's conventions
-    intrinsics: Tensor           # (frames, 4) float32 fx, fy, cx, cy as fractions of the side
-    object_index: Tensor         # (frames,) int64 in 0..N-1: whose frame it is
-    heldout: Tensor              # (frames,) bool: for scoring, training never sees these
+class Frames:
+    """A dataset: pictures of N objects, each object inside [-1, 1]^3 with y up."""
+    images: torch.Tensor         # (frames, size, size, 3) uint8, colour x mask: black outside
+    masks: torch.Tensor          # (frames, size, size) uint8, 255 inside, in between on the edges
+    cam2world: torch.Tensor      # (frames, 4, 4) float32, in render.py's conventions
+    intrinsics: torch.Tensor     # (frames, 4) float32 fx, fy, cx, cy as fractions of the side
+    object_index: torch.Tensor   # (frames,) int64 in 0..N-1: whose frame it is
+    heldout: torch.Tensor        # (frames,) bool: for scoring, training never sees these
     names: list                  # N of str
-    captions: list               # N of str or None
-    layout: str                  # one line: what was detected
-    skipped: list                # lines: what was left out, with counts
-    shapes: list = None          # N lists of Primitive, if known: only judges look at them
-    truth: dict = None           # how puppets moved: only judges look at it
-    moving: bool = False         # what is seen moves: cam2world and intrinsics tell nothing
 
     @property
     def n_objects(self):
         return len(self.names)
 
     def frames_of(self, k, heldout=None):
-        """Frame numbers (V,) int64 of object k: all, or only the (not) held-out ones."""
+        """Frame numbers (V,) int64 of object k: all, or those whose `heldout` is this."""
         chosen = self.object_index == k
         if heldout is not None:
             chosen = chosen & (self.heldout == heldout)
         return chosen.nonzero()[:, 0]
 
     def batch(self, index, size):
-        """Frames `index` (...): images (..., 3, size, size), masks (..., 1, size, size) in [0, 1].
-
-        Where size is less than the frames' side they are averaged over areas. That is right for
-        colour x mask; plain colours would mix with those of the background.
-        """
-        if not 0 < size <= self.images.shape[1]:
-            raise ValueError(f"size {size} is not in 1..{self.images.shape[1]}, the frames' side")
-        frames = index.reshape(-1)
+        """Frames `index` (...): images (..., 3, size, size) and masks (..., 1, size, size)."""
+        frames = index.flatten()
         rgba = torch.cat([self.images[frames], self.masks[frames, ..., None]], -1)
-        rgba = rgba.permute(0, 3, 1, 2).float() / 255
-        if size < rgba.shape[-1]:
-            rgba = F.interpolate(rgba, size=(size, size), mode="area")
+        rgba = rgba.permute(0, 3, 1, 2).float() / 255                # (frames, 4, ...) in [0, 1]
+        rgba = F.interpolate(rgba, size=(size, size), mode="area")   # means, where smaller
         rgba = rgba.reshape(*index.shape, 4, size, size)
         return rgba[..., :3, :, :], rgba[..., 3:, :, :]
 
 
-# ---- Boxes and cylinders, and where rays meet them -----------------------------------------------
+# ---- Boxes, and what rays see of them ------------------------------------------------------------
+
+LIGHT = torch.tensor([0.48, 0.72, 0.50])                 # unit length, from the object to the light
+AMBIENT = 0.65                                           # OURS: light that comes from everywhere
 
 
 @dataclass
-class Primitive:
-    """Something simple, stretched, turned and moved: x = centre + rotation @ (half * unit).
-
-    In its own unit coordinates it fills [-1, 1]^3. Each of its sides bounds a sum of squares by 1:
-    a box has three sides, x^2 <= 1, y^2 <= 1 and z^2 <= 1; a cylinder that stands has two,
-    x^2 + z^2 <= 1 and y^2 <= 1.
-    """
-    centre: Tensor               # (3,)
-    half: Tensor                 # (3,) half its width, height, depth
+class Box:
+    """The cube [-1, 1]^3, stretched, turned and moved: x = centre + rotation @ (half * unit)."""
+    centre: torch.Tensor         # (3,)
+    half: torch.Tensor           # (3,) half its width, height, depth
     colour: tuple                # rgb in [0, 1]
-    rotation: Tensor             # (3, 3)
-    sides: Tensor                # (sides, 3), 1 for each square that a side adds up, else 0
+    rotation: torch.Tensor       # (3, 3)
+    sides: torch.Tensor = torch.eye(3)   # (sides, 3): marks the squares that sum to 1 on a side
+
+    def cross(self, o, d):
+        """Where rays o + t d, in unit coordinates, enter and leave x^2, y^2, z^2 <= 1: t (R, 3)."""
+        middle = -o * (1 / d)                            # -1 <= o + t d <= 1: t = -o / d -+ 1 / |d|
+        reach = (1 / d).abs()
+        return middle - reach, middle + reach
 
 
 def box(centre, half, colour, tilt=0.0):
@@ -95,131 +78,70 @@ def box(centre, half, colour, tilt=0.0):
     c, s = np.cos(tilt), np.sin(tilt)
     rotation = torch.tensor([[1, 0, 0], [0, c, -s], [0, s, c]]).float()
     centre, half = torch.tensor(centre).float(), torch.tensor(half).float()
-    return Primitive(centre, half, colour, rotation, sides=torch.eye(3))
-
-
-def cylinder(centre, radius, half_height, colour):
-    """A cylinder that stands upright."""
-    half = torch.tensor([radius, half_height, radius]).float()
-    sides = torch.tensor([[1.0, 0, 1], [0, 1, 0]])
-    return Primitive(torch.tensor(centre).float(), half, colour, torch.eye(3), sides)
+    return Box(centre, half, colour, rotation)
 
 
 def corners(part):
-    """The corners of the primitive's own box, in the world: (8, 3)."""
+    """The corners of a box, in the world: (8, 3)."""
     ends = torch.tensor([-1.0, 1.0])
     units = torch.cartesian_prod(ends, ends, ends)
     return part.centre + (units * part.half) @ part.rotation.T
 
 
 def to_unit(part, points):
-    """World points (K, 3) in the primitive's unit coordinates."""
+    """World points (K, 3) in a box's unit coordinates: R^T (x - centre) / half, for x in rows."""
     return (points - part.centre) @ part.rotation / part.half
 
 
-def cross_side(side, o, d):
-    """Rays o + t d, in unit coordinates, satisfy one side from t = enter (R,) to t = leave (R,)."""
-    counted = side > 0
-    o, d = o[:, counted], d[:, counted]
-    if counted.sum() == 1:                               # between two faces: -1 <= o + t d <= 1
-        step = 1 / d[:, 0]
-        middle = -o[:, 0] * step
-        return middle - step.abs(), middle + step.abs()
-    a = (d ** 2).sum(1)                                  # |o + t d|^2 <= 1: a t^2 + 2 b t + c <= 0
-    b = (o * d).sum(1)
-    c = (o ** 2).sum(1) - 1
-    discriminant = b ** 2 - a * c
-    root = discriminant.clamp(min=0).sqrt()
-    root = torch.where(discriminant < 0, -torch.inf, root)           # a miss: enters at infinity
-    return (-b - root) / a, (-b + root) / a
-
-
 def hit(part, o, d):
-    """Distance t (R,) at which rays o + t d, (R, 3) each, enter the primitive; inf: they miss it.
+    """Distance t (R,) at which rays o + t d, (R, 3) each, enter a box; inf: they miss it.
 
-    In unit coordinates a ray is still a straight line with the same t. It is inside while it
-    satisfies every side: from its last entry to its first exit, if they come in this order.
+    In unit coordinates a ray is still a straight line with the same t. It is inside the box from
+    its last entry between opposite sides to its first exit, if they come in this order.
     """
     o, d = to_unit(part, o), d @ part.rotation / part.half
-    d = torch.where(d == 0, 1e-9, d)                     # parallel to a face: never divide by 0
-    crossings = [cross_side(side, o, d) for side in part.sides]
-    last_entry = torch.stack([enter for enter, _ in crossings]).amax(0)
-    first_exit = torch.stack([leave for _, leave in crossings]).amin(0)
-    is_hit = (last_entry < first_exit) & (last_entry > 0)
+    d = torch.where(d == 0, 1e-9, d)                     # parallel to a side: never divide by 0
+    enter, leave = part.cross(o, d)
+    last_entry, first_exit = enter.amax(1), leave.amin(1)
+    is_hit = (last_entry < first_exit) & (last_entry > 0)            # > 0: in front of the camera
     return torch.where(is_hit, last_entry, torch.inf)
 
 
 def normal_at(part, points):
     """Outward normals (K, 3) at surface points (K, 3): of the side that a point is nearest to."""
     unit = to_unit(part, points)
-    nearest = (unit ** 2 @ part.sides.T).argmax(1)       # (K,) the side whose sum is 1 there
-    gradient = unit * part.sides[nearest]                # of half that sum, in unit coordinates
-    return F.normalize(gradient / part.half @ part.rotation.T, dim=1)
-
-
-# ---- Pictures of them ----------------------------------------------------------------------------
-
-LIGHT = torch.tensor([0.48, 0.72, 0.50])                 # unit length, from the object to the light
-AMBIENT = 0.65                                           # OURS: so bright that no face is black
-
-
-class Canvas:
-    """The pictures that V cameras take, while they are drawn: n x n rays each, R rays in all."""
-
-    def __init__(self, intrinsics, n):
-        self.n = n
-        self.intrinsics = intrinsics                                 # (V, 4)
-        self.centres = (torch.arange(n) + 0.5) / n                   # (n,) of the rays' pixels
-        self.directions = pixel_directions(intrinsics, n).reshape(-1, 3)         # (R, 3) in camera
-        self.nearest = torch.full((len(self.directions),), torch.inf)            # how far they see
-        self.rgb = torch.zeros(len(self.directions), 3)              # and what colour
-
-    def draw(self, part, cam2world, light, ambient=AMBIENT):
-        """Draws a primitive seen from cam2world (V, 4, 4) under light (V, 3), where it is in front
-        of all others so far. Returns the numbers of the rays that see it.
-        """
-        # Only rays in the rectangle around its corners can meet it: some ten times fewer.
-        uv, _ = project(corners(part), cam2world, self.intrinsics)   # (V, 8, 2)
-        low, high = uv.aminmax(dim=1)                                # (V, 2)
-        inside = (self.centres >= low[..., None]) & (self.centres <= high[..., None])
-        columns, rows = inside.unbind(1)                             # (V, n) each
-        rays = (rows[:, :, None] & columns[:, None, :]).reshape(-1).nonzero()[:, 0]
-        view = rays // self.n ** 2
-        o = cam2world[view, :3, 3]                                   # (rays, 3)
-        d = cam2world[view, :3, :3] * self.directions[rays, None]
-        d = d.sum(-1)                                                # (rays, 3) in the world
-        t = hit(part, o, d)
-        seen = t < self.nearest[rays]
-        rays, view, o, d, t = rays[seen], view[seen], o[seen], d[seen], t[seen]
-        # Lambert: as bright as the cosine between normal and light. No highlights: a point has one
-        # colour, from wherever it is seen, as in the paper's volumes.
-        cosine = (normal_at(part, o + t[:, None] * d) * light[view]).sum(1)
-        shade = ambient + (1 - ambient) * cosine
-        self.rgb[rays] = shade[:, None] * torch.tensor(part.colour).float()
-        self.nearest[rays] = t
-        return rays
-
-    def develop(self, size):
-        """(V, size, size, 4) in [0, 1]: colour x mask, and the mask, averaged over each pixel."""
-        mask = self.nearest.isfinite()[:, None]
-        rgba = torch.cat([self.rgb, mask], 1)
-        each = self.n // size                            # so many rays a pixel, down and across
-        return rgba.reshape(-1, size, each, size, each, 4).mean((2, 4))
+    nearest = (unit ** 2 @ part.sides.T).argmax(1)       # (K,) the side whose square is 1
+    gradient = unit * part.sides[nearest] / part.half    # of half that square: normal to the side
+    return F.normalize(gradient @ part.rotation.T, dim=1)
 
 
 def raytrace(parts, cam2world, intrinsics, size, supersample=3):
-    """Pictures (V, size, size, 4) in [0, 1] of an object made of primitives: see Canvas."""
-    canvas = Canvas(intrinsics, size * supersample)      # more rays than pixels: edges become soft
-    light = LIGHT.expand(len(cam2world), 3)
+    """Pictures (V, size, size, 4) in [0, 1]: colour x mask, and the mask. Their edges are soft:
+    a pixel is the mean of supersample^2 rays."""
+    n = size * supersample
+    in_camera = pixel_directions(intrinsics, n)                      # (V, n, n, 3)
+    in_world = cam2world[:, None, None, :3, :3] * in_camera[..., None, :]
+    d = in_world.sum(-1).reshape(-1, 3)                              # (R, 3)
+    o = cam2world[:, :3, 3].repeat_interleave(n * n, 0)              # (R, 3)
+    nearest = torch.full((len(d),), torch.inf)                       # t of what rays see so far
+    rgb = torch.zeros(len(d), 3)
     for part in parts:
-        canvas.draw(part, cam2world, light)
-    return canvas.develop(size)
+        t = hit(part, o, d)
+        seen = t < nearest
+        nearest[seen] = t[seen]
+        # Lambert: as bright as the cosine between normal and light. No highlights: a point has one
+        # colour, from wherever it is seen, as in the paper's volumes.
+        normal = normal_at(part, o[seen] + t[seen, None] * d[seen])
+        cosine = (normal * LIGHT).sum(1)                 # negative where the light does not reach
+        shade = AMBIENT + (1 - AMBIENT) * cosine         # 0.3 to 1: nothing is black
+        rgb[seen] = shade[:, None] * torch.tensor(part.colour).float()
+    rgba = torch.cat([rgb, nearest.isfinite()[:, None]], 1)
+    return rgba.reshape(-1, size, supersample, size, supersample, 4).mean((2, 4))
 
 
 # ---- Chairs --------------------------------------------------------------------------------------
-# PAPER: 15,576 chairs of ShapeNet, 200 views each. SIMPLIFIED: chairs of a dozen primitives, which
-# need no download. As there, few kinds of parts are combined in endless ways.
-
+# PAPER: 15,576 chairs of ShapeNet, 200 views each. SIMPLIFIED: chairs of a dozen boxes, which need
+# no download. As there, few kinds of parts are combined in endless ways.
 MARGIN = 0.93                    # OURS: largest half side of an object; the cube's is 1
 COLOURS = dict(red=(.80, .16, .14), orange=(.92, .50, .12), yellow=(.93, .82, .22),
                green=(.20, .62, .25), blue=(.17, .33, .80), purple=(.52, .24, .66),
@@ -229,86 +151,53 @@ COLOURS = dict(red=(.80, .16, .14), orange=(.92, .50, .12), yellow=(.93, .82, .2
 def pick_colours(rng, n):
     """n different colours: their names, and their rgb, a little different every time."""
     names = [str(name) for name in rng.choice(list(COLOURS), n, replace=False)]
-    colours = []
-    for name in names:
-        rgb = COLOURS[name] + rng.uniform(-.05, .05, 3)
-        colours.append(tuple(rgb.clip(.08, .95)))
-    return names, colours
-
-
-def pedestal(foot, top, colour):
-    """What carries a seat at height `top`: one column on a round foot of radius `foot`."""
-    column = cylinder((0, top / 2 + .05, 0), .10, top / 2 - .05, colour)
-    return [column, cylinder((0, .06, 0), foot, .06, colour)]
+    colours = [COLOURS[name] + rng.uniform(-.05, .05, 3) for name in names]
+    return names, [tuple(rgb.clip(.08, .95)) for rgb in colours]
 
 
 def four_legs(rng, x, z, top, colour):
-    """The same with legs at the corners of a seat of half width x and half depth z."""
+    """Legs that carry the corners of a seat of half width x and half depth z at height `top`."""
     r, h = rng.uniform(.06, .08), top / 2
-    is_round = rng.random() < .4
-    legs = []
-    for x_leg in (r - x, x - r):
-        for z_leg in (r - z, z - r):
-            if is_round:
-                legs.append(cylinder((x_leg, h, z_leg), r, h, colour))
-            else:
-                legs.append(box((x_leg, h, z_leg), (r, h, r), colour))
-    return legs
+    return [box((x_leg, h, z_leg), (r, h, r), colour)
+            for x_leg in (r - x, x - r) for z_leg in (r - z, z - r)]
 
 
-def make_chair(rng):
-    """A chair that looks along +z and stands on y = 0: its primitives, noun and details."""
-    names, colours = pick_colours(rng, 2)
+def make_chair(rng, add_legs=four_legs):
+    """The boxes of a chair that looks along +z and stands on y = 0. add_legs: as four_legs."""
+    _, (main, second) = pick_colours(rng, 2)
     x, z = rng.uniform(.42, .55), rng.uniform(.42, .52)              # half width, half depth
-    seat, thick = rng.uniform(.75, .95), .06
+    y, thick = rng.uniform(.75, .95), .06                # height of the seat, half its thickness
     is_low = rng.random() < .3
     height = rng.uniform(.35, .5) if is_low else rng.uniform(.7, .95)            # of the back
-    parts = [box((0, seat, 0), (x, thick, z), colours[0])]
-    if rng.random() < .25:
-        parts += pedestal(.8 * x, seat - thick, colours[1])
-        details = [f"a {names[1]} pedestal"]
-    else:
-        parts += four_legs(rng, x, z, seat - thick, colours[1])
-        details = [f"{names[1]} legs"]
-
-    lean = -rng.uniform(0, .15)                          # the back's top leans backwards
-    def back(sideways, up, half):                        # a piece of it, `up` above the seat
+    parts = [box((0, y, 0), (x, thick, z), main)]
+    parts += add_legs(rng, x, z, y - thick, second)
+    lean = -rng.uniform(0, .15)                          # radians: the back's top leans backwards
+    pieces = [(0, height / 2, (x, height / 2, .06))]     # of the back: x, y above the seat, half
+    if rng.random() < .4:                                # instead, three or four slats and a rail
+        pieces = [(place * (x - .055), height / 2, (.055, height / 2, .055))
+                  for place in np.linspace(-1, 1, rng.integers(3, 5))]
+        pieces.append((0, height, (x, .07, .06)))
+    for sideways, up, half in pieces:
         behind = -z + .06 + np.tan(lean) * up
-        parts.append(box((sideways, seat + thick + up, behind), half, colours[0], lean))
+        parts.append(box((sideways, y + thick + up, behind), half, main, lean))
     if rng.random() < .4:
-        details.append("a slatted back")
-        for sideways in np.linspace(-1, 1, rng.integers(3, 5)):
-            back(sideways * (x - .055), height / 2, (.055, height / 2, .055))
-        back(0, height, (x, .07, .06))
-    else:
-        back(0, height / 2, (x, height / 2, .06))
-
-    if rng.random() < .4:
-        details.append("armrests")
-        rise = min(rng.uniform(.25, .35), .8 * height)
-        for side in (.055 - x, x - .055):
-            parts.append(box((side, seat + rise, 0), (.055, .05, z), colours[1]))
-            parts.append(box((side, seat + rise / 2, z - .08), (.055, rise / 2, .055), colours[1]))
-    return parts, f"{names[0]} chair", details
+        rise = min(rng.uniform(.25, .35), .8 * height)   # of the armrests above the seat
+        for side in (.055 - x, x - .055):                # a rest, and the post that carries it
+            parts.append(box((side, y + rise, 0), (.055, .05, z), second))
+            parts.append(box((side, y + rise / 2, z - .08), (.055, rise / 2, .055), second))
+    return parts
 
 
-def make_object(family, rng):
-    """An object of a family such as make_chair, put into the cube: its primitives, a caption."""
-    parts, noun, details = family(rng)
-    listed = details[-1]
-    if len(details) > 1:
-        listed = ", ".join(details[:-1]) + " and " + listed
-    caption = f"a {noun} with {listed}".replace("a orange", "an orange")
-    # Their common box is centred; its largest half side becomes MARGIN, or less where a corner
-    # would be more than 1.25 from the middle: that far the cameras see.
+def put_into_cube(parts):
+    """The same parts in the middle of the cube, as large as MARGIN allows, or less where a corner
+    would be more than 1.25 from the middle: that far the cameras see."""
     points = torch.cat([corners(part) for part in parts])
     low, high = points.aminmax(dim=0)
     centre = (low + high) / 2
     farthest = (points - centre).norm(dim=1).max()
     scale = min(MARGIN / (high - low).max() * 2, 1.25 / farthest)
-    parts = [replace(part, centre=(part.centre - centre) * scale, half=part.half * scale)
-             for part in parts]
-    return parts, caption
+    return [replace(part, centre=(part.centre - centre) * scale, half=part.half * scale)
+            for part in parts]
 
 
 def cameras_all_round(n_views, rng):
@@ -316,44 +205,32 @@ def cameras_all_round(n_views, rng):
     share = (np.arange(n_views) + rng.random(n_views)) / n_views     # one in each of V equal slices
     azimuth = torch.from_numpy(share * 2 * np.pi)
     elevation = torch.from_numpy(np.radians(rng.uniform(-5, 50, n_views)))
-    # A sphere of radius 1.25 seen from 4 away spans 2 tan(asin(1.25 / 4)) = 0.658 at unit depth:
-    # with a focal length of 1.45, 95 % of the picture.
+    # A sphere of radius 1.25 spans 2 * 1.45 tan(asin(1.25 / 4)) = 95 % of the picture.
     intrinsics = torch.tensor([[1.45, 1.45, 0.5, 0.5]]).repeat(n_views, 1)
     return orbit(azimuth, elevation, 4.0).float(), intrinsics
 
 
-def every_nth(n_views, holdout):
-    """Which views of an object are held out: (V,) bool, every holdout-th; 0: none."""
-    number = torch.arange(1, n_views + 1)
-    if holdout == 0:
-        return torch.zeros(n_views, dtype=torch.bool)
-    return number % holdout == 0
+def load_synthetic(size, holdout=6, seed=0, n_objects=128, n_views=24):
+    """Frames of n_objects chairs, n_views each; every holdout-th view is held out, 0: none.
 
-
-def load_synthetic(size, holdout=6, seed=0, n_objects=128, n_views=24, families=(make_chair,)):
-    """The Dataset of n_objects that are made up, families taking turns, with n_views of each.
-
-    Object k depends on k and the seed alone, so a larger set begins with the same objects.
+    Chair k depends on k and the seed alone, so a larger set begins with the same chairs.
     """
-    rgba, cam2world, intrinsics, captions, shapes = [], [], [], [], []
+    rgba, cam2world, intrinsics = [], [], []
     for k in range(n_objects):
         rng = np.random.default_rng([seed, k])
-        parts, caption = make_object(families[k % len(families)], rng)
+        parts = put_into_cube(make_chair(rng))
         poses, cameras = cameras_all_round(n_views, rng)
         pictures = raytrace(parts, poses, cameras, size)
         rgba.append((pictures * 255).round().byte())     # as photos are
         cam2world.append(poses)
         intrinsics.append(cameras)
-        captions.append(caption)
-        shapes.append(parts)
     rgba = torch.cat(rgba)                               # (frames, size, size, 4)
-    return Dataset(
-        images=rgba[..., :3], masks=rgba[..., 3],
-        cam2world=torch.cat(cam2world), intrinsics=torch.cat(intrinsics),
+    heldout = [holdout > 0 and v % holdout == 0 for v in range(1, n_views + 1)]
+    return Frames(
+        images=rgba[..., :3], masks=rgba[..., 3], cam2world=torch.cat(cam2world),
+        intrinsics=torch.cat(intrinsics), heldout=torch.tensor(heldout).repeat(n_objects),
         object_index=torch.arange(n_objects).repeat_interleave(n_views),
-        heldout=every_nth(n_views, holdout).repeat(n_objects),
-        names=[f"{k:04d}" for k in range(n_objects)], captions=captions,
-        layout="synthetic: of boxes and cylinders", skipped=[], shapes=shapes)
+        names=[f"{k:04d}" for k in range(n_objects)])
 
 
 # ==== Second reading: other objects, what moves, photos and clips =================================
@@ -369,7 +246,13 @@ from pathlib import Path  # noqa: E402
 
 import imageio.v3 as iio  # noqa: E402
 
+from render import project  # noqa: E402
+
 # ---- A stranger's input --------------------------------------------------------------------------
+
+
+class BadInput(Exception):
+    """What a stranger gave us is wrong: one line saying what, where, and what to do."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -398,7 +281,26 @@ def run_cli(main):
         sys.exit(2)
 
 
-# ---- What every source delivers ------------------------------------------------------------------
+# ---- What every source delivers, and what it becomes ---------------------------------------------
+
+
+@dataclass
+class Dataset(Frames):
+    """What `load` returns: frames, and what is known besides."""
+    captions: list               # N of str or None
+    layout: str                  # one line: what was detected
+    skipped: list                # lines: what was left out, with counts
+    shapes: list = None          # N lists of primitives, if known, which tests/ need to judge
+    truth: dict = None           # how puppets moved, for the same
+    moving: bool = False         # whether what is seen moves before one camera, fixed_camera's:
+                                 # of clips it is assumed
+
+    def batch(self, index, size):
+        """As Frames.batch, of any size up to the frames'. Where it is less they are averaged over
+        areas: right for colour x mask, while plain colours would mix with the background's."""
+        if not 0 < size <= self.images.shape[1]:
+            raise ValueError(f"size {size} is not in 1..{self.images.shape[1]}, the frames' side")
+        return super().batch(index, size)
 
 
 class LeftOut(Exception):
@@ -408,9 +310,9 @@ class LeftOut(Exception):
 @dataclass
 class Capture:
     """One object as its source delivers it: a picture, a pose and a camera for each of V views."""
-    rgba: Tensor                 # (V, size, size, 4) uint8: colour x mask, and the mask
-    cam2world: Tensor            # (V, 4, 4) float32
-    intrinsics: Tensor           # (V, 4) float32
+    rgba: torch.Tensor           # (V, size, size, 4) uint8: colour x mask, and the mask
+    cam2world: torch.Tensor      # (V, 4, 4) float32
+    intrinsics: torch.Tensor     # (V, 4) float32
     caption: str = None
     shapes: list = None          # its primitives, of rigid made-up objects
     truth: dict = None           # how it moved, of puppets
@@ -443,6 +345,14 @@ def gather(names, captures, holdout, layout, skipped, moving):
     return dataset
 
 
+def every_nth(n_views, holdout):
+    """Which views of an object are held out: (V,) bool, every holdout-th; 0: none."""
+    number = torch.arange(1, n_views + 1)
+    if holdout == 0:
+        return torch.zeros(n_views, dtype=torch.bool)
+    return number % holdout == 0
+
+
 def last_of(n_views, holdout):
     """Which frames of a clip are held out: (V,) bool, the last 1/holdout; 0: none.
 
@@ -454,15 +364,53 @@ def last_of(n_views, holdout):
     return torch.arange(n_views) >= n_views - n_heldout
 
 
-# ---- Made-up objects: tables, vehicles; an arc of cameras ----------------------------------------
+# ---- Round things --------------------------------------------------------------------------------
+# Together with boxes they are called primitives.
 
-BLACK = (.07, .07, .08)
-GLASS = (.50, .68, .78)
+STANDING = torch.tensor([[1.0, 0, 1], [0, 1, 0]])        # the sides of an upright cylinder
+ROUND = torch.ones(1, 3)                                 # the one side of an ellipsoid
 
 
-def ball(centre, half, colour):
-    """An upright ellipsoid of half axes `half`: its one side is x^2 + y^2 + z^2 <= 1."""
-    return replace(box(centre, half, colour), sides=torch.ones(1, 3))
+class Round(Box):
+    """A cylinder or an ellipsoid, which fills the box of the same measures.
+
+    Each of its sides bounds a sum of squares by 1: that of an ellipsoid x^2 + y^2 + z^2 <= 1; an
+    upright cylinder has two, x^2 + z^2 <= 1 round it and y^2 <= 1 at its ends.
+    """
+
+    def cross(self, o, d):
+        """Where rays o + t d, in unit coordinates, enter and leave each side: t (R, sides)."""
+        crossings = [cross_side(side, o, d) for side in self.sides]
+        enter = torch.stack([enter for enter, _ in crossings], 1)
+        leave = torch.stack([leave for _, leave in crossings], 1)
+        return enter, leave
+
+
+def cross_side(side, o, d):
+    """The same for one side (3,), which marks the squares that it adds up: (R,) each."""
+    counted = side > 0
+    o, d = o[:, counted], d[:, counted]
+    if counted.sum() == 1:                               # as between two sides of a box
+        step = 1 / d[:, 0]
+        middle = -o[:, 0] * step
+        return middle - step.abs(), middle + step.abs()
+    a = (d ** 2).sum(1)                                  # |o + t d|^2 <= 1: a t^2 + 2 b t + c <= 0
+    b = (o * d).sum(1)
+    c = (o ** 2).sum(1) - 1
+    discriminant = b ** 2 - a * c
+    root = discriminant.clamp(min=0).sqrt()
+    root = torch.where(discriminant < 0, -torch.inf, root)           # a miss: enters at infinity
+    return (-b - root) / a, (-b + root) / a
+
+
+def rounded(part, sides):
+    """What fills a box and has these sides: STANDING or ROUND."""
+    return Round(part.centre, part.half, part.colour, part.rotation, sides)
+
+
+def cylinder(centre, radius, half_height, colour):
+    """A cylinder that stands upright."""
+    return rounded(box(centre, (radius, half_height, radius), colour), STANDING)
 
 
 def wheel(centre, radius, half_width, colour):
@@ -471,11 +419,125 @@ def wheel(centre, radius, half_width, colour):
     return replace(cylinder(centre, radius, half_width, colour), rotation=y_to_x)
 
 
+def ball(centre, half, colour):
+    """An upright ellipsoid of half axes `half`."""
+    return rounded(box(centre, half, colour), ROUND)
+
+
 def inside(part, points):
-    """Which of the points (K, 3) are inside the primitive or on it: (K,) bool, for who judges."""
+    """Which of the points (K, 3) are inside a primitive or on it: (K,) bool, for tests/."""
     unit = to_unit(part, points)
     sums = unit ** 2 @ part.sides.T                                  # (K, sides)
     return (sums <= 1).all(1)
+
+
+# ---- Pictures: faster, and of what moves ---------------------------------------------------------
+
+
+class Canvas:
+    """The pictures that V cameras take, while they are drawn: n x n rays each, R rays in all."""
+
+    def __init__(self, intrinsics, n):
+        self.n = n
+        self.intrinsics = intrinsics                                 # (V, 4)
+        self.centres = (torch.arange(n) + 0.5) / n                   # (n,) of the rays' pixels
+        self.directions = pixel_directions(intrinsics, n).reshape(-1, 3)         # (R, 3) in camera
+        self.nearest = torch.full((len(self.directions),), torch.inf)            # how far they see
+        self.rgb = torch.zeros(len(self.directions), 3)              # and what colour
+
+    def draw(self, part, cam2world, light, ambient=AMBIENT):
+        """Draws a primitive seen from cam2world (V, 4, 4) under light (V, 3), where it is in front
+        of all others so far. Returns the numbers of the rays that see it.
+        """
+        # Only rays in the rectangle around its corners can meet it: some ten times fewer.
+        uv, _ = project(corners(part), cam2world, self.intrinsics)   # (V, 8, 2)
+        low, high = uv.aminmax(dim=1)                                # (V, 2)
+        inside = (self.centres >= low[..., None]) & (self.centres <= high[..., None])
+        columns, rows = inside.unbind(1)                             # (V, n) each
+        rays = (rows[:, :, None] & columns[:, None, :]).reshape(-1).nonzero()[:, 0]
+        view = rays // self.n ** 2
+        o = cam2world[view, :3, 3]                                   # (rays, 3)
+        d = cam2world[view, :3, :3] * self.directions[rays, None]
+        d = d.sum(-1)                                                # (rays, 3) in the world
+        t = hit(part, o, d)
+        seen = t < self.nearest[rays]
+        rays, view, o, d, t = rays[seen], view[seen], o[seen], d[seen], t[seen]
+        normal = normal_at(part, o + t[:, None] * d)
+        cosine = (normal * light[view]).sum(1)
+        shade = ambient + (1 - ambient) * cosine
+        self.rgb[rays] = shade[:, None] * torch.tensor(part.colour).float()
+        self.nearest[rays] = t
+        return rays
+
+    def develop(self, size):
+        """(V, size, size, 4) in [0, 1]: colour x mask, and the mask, averaged over each pixel."""
+        mask = self.nearest.isfinite()[:, None]
+        rgba = torch.cat([self.rgb, mask], 1)
+        each = self.n // size                            # so many rays a pixel, down and across
+        return rgba.reshape(-1, size, each, size, each, 4).mean((2, 4))
+
+
+def draw_still(parts, cam2world, intrinsics, size, supersample=3):
+    """What `raytrace` returns, bit for bit, three times as fast: see Canvas.draw."""
+    canvas = Canvas(intrinsics, size * supersample)
+    light = LIGHT.expand(len(cam2world), 3)
+    for part in parts:
+        canvas.draw(part, cam2world, light)
+    return canvas.develop(size)
+
+
+# ---- Made-up objects: other chairs, tables, vehicles; an arc of cameras --------------------------
+
+BLACK = (.07, .07, .08)
+GLASS = (.50, .68, .78)
+
+
+def pedestal(foot, top, colour):
+    """What carries a seat at height `top`: one column on a round foot of radius `foot`."""
+    column = cylinder((0, top / 2 + .05, 0), .10, top / 2 - .05, colour)
+    return [column, cylinder((0, .06, 0), foot, .06, colour)]
+
+
+def square_or_round_legs(rng, x, z, top, colour):
+    """four_legs, or four cylinders where they would stand."""
+    legs = four_legs(rng, x, z, top, colour)
+    if rng.random() < .4:
+        legs = [rounded(leg, STANDING) for leg in legs]
+    return legs
+
+
+def any_legs(rng, x, z, top, colour):
+    """A pedestal, or legs at the corners."""
+    if rng.random() < .25:
+        return pedestal(.8 * x, top, colour)
+    return square_or_round_legs(rng, x, z, top, colour)
+
+
+def colour_name(part):
+    """The name of a part's colour, of which it is a little different: see pick_colours."""
+    def difference(name):
+        return np.abs(np.subtract(COLOURS[name], part.colour)).max()
+    return min(COLOURS, key=difference)
+
+
+def make_any_chair(rng):
+    """A chair of make_chair, on any legs: its primitives; and its noun and details, for captions,
+    which its parts tell."""
+    parts = make_chair(rng, any_legs)
+    seat, leg = parts[:2]
+    if leg.centre[0] == 0:                               # a column in the middle, with a foot
+        n_legs = 2
+        details = [f"a {colour_name(leg)} pedestal"]
+    else:
+        n_legs = 4
+        details = [f"{colour_name(leg)} legs"]
+    others = parts[1 + n_legs:]                          # the back; armrests in the legs' colour
+    n_back = sum(part.colour == seat.colour for part in others)
+    if n_back > 1:
+        details.append("a slatted back")
+    if len(others) > n_back:
+        details.append("armrests")
+    return parts, f"{colour_name(seat)} chair", details
 
 
 def table_plate(is_round, y, x, z, thick, colour):
@@ -486,7 +548,7 @@ def table_plate(is_round, y, x, z, thick, colour):
 
 
 def make_table(rng):
-    """A table: its primitives, noun and details, as make_chair's."""
+    """A table: its primitives, noun and details, as make_any_chair's."""
     names, colours = pick_colours(rng, 2)
     is_round = rng.random() < .4
     has_pedestal = rng.random() < .35
@@ -506,7 +568,7 @@ def make_table(rng):
         parts += pedestal(.6 * z, height - thick, colours[1])
         details = [f"a {names[1]} pedestal"]
     else:
-        parts += four_legs(rng, inset * x, inset * z, height - thick, colours[1])
+        parts += square_or_round_legs(rng, inset * x, inset * z, height - thick, colours[1])
         details = [f"{names[1]} legs"]
     if has_shelf:
         shelf = height * rng.uniform(.35, .5)
@@ -555,7 +617,19 @@ def make_vehicle(rng):
     return parts, f"{names[0]} {kind}", details + ["black wheels"]
 
 
-FAMILIES = (make_chair, make_table, make_vehicle)
+FAMILIES = (make_any_chair, make_table, make_vehicle)
+
+
+def make_object(family, rng):
+    """An object of a family such as make_table, put into the cube: its primitives, a caption."""
+    if family is make_chair:                             # load_synthetic's: they have no captions
+        return put_into_cube(make_chair(rng)), None
+    parts, noun, details = family(rng)
+    listed = details[-1]
+    if len(details) > 1:
+        listed = ", ".join(details[:-1]) + " and " + listed
+    caption = f"a {noun} with {listed}".replace("a orange", "an orange")
+    return put_into_cube(parts), caption
 
 
 def cameras_on_an_arc(n_views, arc):
@@ -570,14 +644,17 @@ def cameras_on_an_arc(n_views, arc):
 
 
 def synthetic_object(k, seed, n_views, size, arc=0.0):
-    """Object k of load_synthetic with all FAMILIES: a Capture. arc: see cameras_on_an_arc."""
+    """Object k, of FAMILIES in turn, and its pictures: a Capture. arc: see cameras_on_an_arc.
+
+    It depends on k and the seed alone, so a larger set begins with the same objects.
+    """
     rng = np.random.default_rng([seed, k])
     parts, caption = make_object(FAMILIES[k % len(FAMILIES)], rng)
     if arc == 0:
         cam2world, intrinsics = cameras_all_round(n_views, rng)
     else:
         cam2world, intrinsics = cameras_on_an_arc(n_views, arc)
-    pictures = raytrace(parts, cam2world, intrinsics, size)
+    pictures = draw_still(parts, cam2world, intrinsics, size)
     rgba = (pictures * 255).round().byte()
     return Capture(rgba, cam2world, intrinsics, caption, shapes=parts)
 
@@ -691,7 +768,7 @@ def pick_shade(rng, rgb, shared_colours):
 
 
 def make_puppet(rng, shared_colours=True):
-    """A puppet at rest: six lists of Primitive in the order of PARTS, joints (6, 3), a caption.
+    """A puppet at rest: six lists of primitives in the order of PARTS, joints (6, 3), a caption.
 
     At rest it looks along +z and lets its arms hang. OURS: colours differ, their roles do not (eyes
     in front, pink on the left, cyan on the right), as with real people, so that poses can be
@@ -2228,6 +2305,8 @@ def load_for(settings, source):
 
 
 # ---- Command line --------------------------------------------------------------------------------
+#
+#     python data.py --data PATH      tells what is in PATH and draws it
 
 
 def contact_sheet(dataset, rows=8, columns=12):

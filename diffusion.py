@@ -1,23 +1,18 @@
 """Normalized latents go in; a network that turns noise into new ones comes out. Stage 2.
 
-Paper: Sec. 3.3, App. B.2, C.2. Preconditioning, loss and sampler are EDM's (Karras et al. 2022,
-"Elucidating the Design Space of Diffusion-Based Generative Models"), with EDM's symbols; the
-network is ADM's U-Net (Dhariwal and Nichol 2021) with every operation made 3D.
+Paper: Sec. 3.3, App. B.2, C.2. Preconditioning, loss and sampler are EDM's (Karras et al. 2022),
+with its symbols; the network is ADM's U-Net (Dhariwal and Nichol 2021), every operation made 3D.
 
-    DDPM                                        EDM, here
-    x_t = sqrt(abar) x + sqrt(1 - abar) eps     x + sigma n: x keeps its size, noise is added
-    a step number t from 1 to 1000              the noise level sigma itself, from 0.002 to 80
-    the network answers the noise eps           D(x + sigma n; sigma) answers the clean x
-    1000 random steps                           64 steps along a curve from sigma 80 to 0
+    DDPM                                          EDM, here
+    x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps     x = y + sigma n: y keeps its size, n ~ N(0, 1)
+    a step number t from 1 to 1000                the noise level sigma itself, from 0.002 to 80
+    the network answers the noise eps             the denoiser D(x; sigma) answers the clean y
+    1000 random steps                             64 steps along a curve from sigma 80 to 0
 
-    D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)      the denoiser, F the U-Net
-    dx/dsigma   = (x - D(x; sigma)) / sigma                the curve from noise to data
-
-TRAP: the paper's latent is called F, too. Here latents are x, clean or noisy, and F is `unet`.
-
-Shapes: B objects, C latent channels, s side of a latent (D = H = W = s).
+TRAP: the paper's latent is called F, too. Here it is y, or x with noise, and F is the U-Net.
+Shapes: B objects, C latent channels, s side of a latent; "as x": in the shape of x.
 Simplified: no dropout, no mixed precision, no augmentation.
-Read next: train.py
+Read next: data.py
 """
 import math
 
@@ -25,42 +20,31 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-# ---- The denoiser (EDM, Table 1) ----------------------------------------------------------------
+# ---- The denoiser and its loss (EDM, Table 1) ---------------------------------------------------
 
 
 def preconditioning(sigma, sigma_data):
-    """c_skip, c_out, c_in, c_noise at noise levels sigma (any shape), each in the shape of sigma.
+    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM, Table 1): these four, each as sigma.
 
-    Without them the network would be fed numbers of size 80 where sigma is large, and be asked to
-    repeat its input where it is small. With them, as c_skip y + c_out F shall be the clean x, where
-    y = x + sigma n is the noisy one,
-
-        F is fed       c_in y                    variance (a^2 + sigma^2) / total
-        F must answer  (x - c_skip y) / c_out    variance (sd^2 + a^2 sigma^2 / sd^2) / total
-
-    where total = sigma^2 + sd^2, sd is sigma_data, and a is the deviation of the data. If a = sd,
-    both are 1 at every sigma: what networks like best. If not, they lie between 1 and (a / sd)^2.
+    F alone would be fed numbers of size 80 at large sigma, and have to repeat its input at small.
+    So c_in x, which it is fed, and (y - c_skip x) / c_out, which it must answer, have variance 1 at
+    every sigma. TRAP: only if y has deviation sigma_data; if a, between 1 and (a / sigma_data)^2.
     """
     total = sigma**2 + sigma_data**2
-    c_skip = sigma_data**2 / total               # 1: little noise, keep y; 0: all noise, drop it
-    c_out = sigma * sigma_data / total.sqrt()    # how far c_skip y is from the clean x, if a = sd
+    c_skip = sigma_data**2 / total               # 1: little noise, keep x; 0: all noise, drop it
+    c_out = sigma * sigma_data / total.sqrt()    # how far c_skip x is from y
     c_in = 1 / total.sqrt()
-    c_noise = sigma.log() / 4
+    c_noise = sigma.log() / 4                    # -1.6 at sigma 0.002, 1.1 at sigma 80
     return c_skip, c_out, c_in, c_noise
 
 
 class Denoiser(nn.Module):
-    """D(x; sigma): the mean of all clean latents that may lie behind a noisy x.
-
-    At sigma 80 that is nearly the mean of all data, at sigma 0.002 nearly x itself; in between it
-    is a blurred guess, which sharpens as sigma falls. It is a mean because the loss is a square.
-
-    latent_shape           (C, s, s, s); PAPER: (256, 8, 8, 8), and Tab. 5 for the defaults below
-    channels, multipliers  width of the U-Net, and its factors at sides s, s/2, ...
-    depth                  residual blocks at each side
-    attention              sides at which voxels look at each other; (): at none
-    sigma_data             deviation of the latents that EDM reckons with. PAPER: 0.5, while they
-                           are normalized to about 1. AMBIGUOUS: whether that is meant
+    """D(x; sigma): the mean of all clean latents y that may lie behind a noisy x, as the loss is a
+    square. At sigma 80 nearly the mean of all data, at 0.002 nearly x; between, a blurred guess.
+    latent_shape  (C, s, s, s); PAPER: (256, 8, 8, 8), and the other defaults, for Chairs (Tab. 5)
+    channels      width of the U-Net, times `multipliers` at sides s, s/2, ...
+    depth         residual blocks at each side     attention  sides at which voxels see each other
+    sigma_data    PAPER: 0.5. AMBIGUOUS: the deviation of normalized latents is about 1
     """
 
     def __init__(self, latent_shape, channels=128, multipliers=(3, 4), depth=2, attention=(8, 4),
@@ -72,108 +56,63 @@ class Denoiser(nn.Module):
 
     @classmethod
     def from_settings(cls, settings, latent_shape):
-        return cls(latent_shape,
-                   channels=settings.unet_channels, multipliers=settings.unet_multipliers,
-                   depth=settings.unet_depth, attention=settings.unet_attention,
-                   sigma_data=settings.sigma_data)
+        return cls(latent_shape, settings.unet_channels, settings.unet_multipliers,
+                   settings.unet_depth, settings.unet_attention, settings.sigma_data)
 
-    def forward(self, x, sigma):
-        """x (B, C, s, s, s) noisy latents, sigma a number or (B,) -> clean guess, as x."""
-        return self.precondition(self.unet, x, sigma)
-
-    def precondition(self, network, x, sigma):
-        """c_skip x + c_out network(c_in x, c_noise). network is F: the U-Net."""
+    def forward(self, x, sigma, *told):
+        """x (B, C, s, s, s), sigma a number or (B,) -> D, as x. told: more for F, here nothing."""
         if x.shape[1:] != self.latent_shape:
             raise ValueError(f"x must be B latents {self.latent_shape}, got {tuple(x.shape)}")
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
-        sigma = sigma[:, None, None, None, None]                                # (B, 1, 1, 1, 1)
+        sigma = sigma[:, None, None, None, None]                            # (B, 1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = preconditioning(sigma, self.sigma_data)
-        # The sampler's x is float64, the weights are float32: convert on the way in and out.
-        dtype = self.unet.first.weight.dtype
-        answer = network((c_in * x).to(dtype), c_noise.flatten().to(dtype))     # (B, C, s, s, s)
+        dtype = self.unet.first.weight.dtype     # float32, while the sampler's x is float64
+        answer = self.unet((c_in * x).to(dtype), c_noise.flatten().to(dtype), *told)
         return c_skip * x + c_out * answer.to(x.dtype)
 
 
-# ---- Training (EDM, Table 1) --------------------------------------------------------------------
-
-
-def edm_loss(denoise, x, sigma_data, generator=None, P_mean=-1.2, P_std=1.2):
-    """EDM's loss: the mean of weight(sigma) |D(x + sigma n; sigma) - x|^2, a scalar.
-
-    denoise     any callable (noisy x, sigma (B,)) -> clean guess, as x
-    x           (B, C, s, s, s) clean, normalized latents
-    sigma_data  that of the denoiser
-    generator   of sigma and n: a torch.Generator on the CPU; None: torch's own
-
+def edm_loss(denoise, y, sigma_data, generator=None, P_mean=-1.2, P_std=1.2):
+    """EDM's loss: the mean of weight(sigma) |D(y + sigma n; sigma) - y|^2, a scalar.
+    denoise: any callable (x, sigma (B,)) -> D, as x. y (B, C, s, s, s): clean, normalized latents.
     ln sigma ~ N(P_mean, P_std^2): sigma is mostly within 0.03, below which there is little noise to
-    see, and 3, above which there is little else.
-    weight = 1 / c_out^2 makes this the squared error of F's own answer. A new F answers 0 and pays
-    the variance of what it must answer (see preconditioning): about 1 if the data's deviation is
-    sigma_data, more if it is larger.
-    """
-    # Drawn on the CPU, where the generator lives: the same numbers on every device.
-    normal = torch.randn(len(x), generator=generator).to(x)
-    noise = torch.randn(x.shape, generator=generator).to(x)
-    sigma = (P_mean + P_std * normal).exp()                                     # (B,)
-    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data)**2               # (B,) 1 / c_out^2
-    noisy = x + sigma[:, None, None, None, None] * noise                        # (B, C, s, s, s)
-    error = (denoise(noisy, sigma) - x)**2
-    error = error.flatten(1).mean(1)                                            # (B,)
-    return (weight * error).mean()
+    see, and 3, above which there is little else. weight = 1 / c_out^2 makes this the squared error
+    of F's own answer: a new F answers 0, and pays the variance of what it must answer."""
+    normal = torch.randn(len(y), generator=generator).to(y)     # drawn on the CPU: the same numbers
+    noise = torch.randn(y.shape, generator=generator).to(y)     # on every device
+    sigma = (P_mean + P_std * normal).exp()                                 # (B,)
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data)**2           # (B,)
+    x = y + sigma[:, None, None, None, None] * noise                        # (B, C, s, s, s)
+    error = (denoise(x, sigma) - y)**2
+    return (weight * error.flatten(1).mean(1)).mean()
 
 
-# ---- Sampling (EDM, Algorithm 2) ----------------------------------------------------------------
-#
-# Begin at sigma 80 with noise alone, beside which data would hardly show. Let sigma fall to 0, and
-# x follow dx/dsigma = (x - D(x; sigma)) / sigma, that is, move towards the clean guess D, which
-# sharpens on the way. All x together are then distributed like data + sigma n at every sigma, and
-# at 0 like the data. Why: (D - x) / sigma^2 is the score (EDM, Eq. 1 and 3).
-#
-# PAPER: 64 steps, or 16 and 32; "churn", fresh noise before each step, by default, and none in an
-# ablation. AMBIGUOUS: how much churn. OURS: what EDM found for ImageNet at 64 x 64.
+@torch.no_grad()
+def ema_update(average, model, step, half_life):
+    """average <- decay average + (1 - decay) model, decay = 0.5^(1 / half_life), in steps.
+    The average draws the samples: what a step learns of its own few latents cancels in it."""
+    half_life = min(half_life, 0.1 * step)       # early on short, or the random start would linger
+    decay = 0.5 ** (1 / max(half_life, 1e-8))
+    for averaged, current in zip(average.parameters(), model.parameters()):
+        averaged.lerp_(current, 1 - decay)
 
 
-def sigma_steps(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """The sampler's noise levels, sigma_max to sigma_min and then 0: (steps + 1,) float64, CPU.
-
-        sigma_i = (sigma_max^(1/rho) + i / (N - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho
-
-    rho = 7 makes steps ever shorter as sigma falls: there the curve bends, there details arise.
-    """
-    i = torch.arange(steps, dtype=torch.float64)
-    high = sigma_max**(1 / rho)
-    low = sigma_min**(1 / rho)
-    sigma = (high + i / max(1, steps - 1) * (low - high))**rho
-    return torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
-
-
-def fresh_noise(x, generator):
-    """Unit normal noise in x's shape, float64. generator: one, or a list of one for each object:
-    then the noise of an object is the same however many others are made beside it."""
-    if not isinstance(generator, list):
-        return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
-    if len(generator) != len(x):
-        raise ValueError(f"{len(generator)} generators for {len(x)} objects")
-    rows = []
-    for one in generator:
-        rows.append(torch.randn(x.shape[1:], generator=one, dtype=torch.float64))
-    return torch.stack(rows).to(x.device)
+# ---- The sampler (EDM, Algorithm 2) -------------------------------------------------------------
 
 
 @torch.no_grad()
 def edm_sampler(denoise, noise, steps, S_churn=40, S_min=0.05, S_max=50, S_noise=1.003,
                 sigma_min=0.002, sigma_max=80, rho=7, generator=None, watch=None):
-    """EDM's Algorithm 2: Heun's second-order steps along the curve, with churn or without.
+    """EDM's Algorithm 2: noise (B, ...) ~ N(0, 1) -> samples, as noise, float64.
 
-    denoise  any callable (x float64, sigma a float) -> clean guess D, as x
-    noise    (B, ...) unit normal, scaled by sigma_max in here       steps  N of the schedule
-    S_churn, S_min, S_max, S_noise   how much churn, between which sigmas, of which deviation
-    generator of the churn, see fresh_noise; watch, if not None, is called with (step, sigma, D)
-    returns  samples as noise, float64
+    At sigma 80, data would hardly show: begin with noise alone. Let sigma fall to 0, and x follow
+    dx/dsigma = (x - D(x; sigma)) / sigma: to halve sigma is to go half of the way to the guess D.
+    All x together stay distributed as y + sigma n: (D - x) / sigma^2 is their score (EDM, Eq. 3).
+    denoise    any callable (x float64, sigma a float) -> D, as x     steps  PAPER: 64, or 16, 32
+    S_churn    how much churn, at sigmas from S_min to S_max; 0: none. PAPER: some. AMBIGUOUS: how
+               much. OURS: EDM's for ImageNet-64. S_noise > 1: D takes away a little too much noise
+    generator  of the churn, see fresh_noise     watch  None, or called with (step, sigma, D)
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    sigmas = sigma_steps(steps, sigma_min, sigma_max, rho).tolist()     # no waiting for a GPU
+    sigmas = sigma_steps(steps, sigma_min, sigma_max, rho).tolist()
     x_next = noise.double() * sigmas[0]
     for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):
         x_hat, sigma_hat = x_next, sigma
@@ -184,123 +123,99 @@ def edm_sampler(denoise, noise, steps, S_churn=40, S_min=0.05, S_max=50, S_noise
             sigma_hat = sigma * (1 + gamma)
             added = math.sqrt(sigma_hat**2 - sigma**2)
             x_hat = x_hat + added * S_noise * fresh_noise(x_hat, generator)
-
-        # Euler: straight on, along the slope at sigma_hat.
         denoised = denoise(x_hat, sigma_hat)
         if watch is not None:
             watch(i, sigma_hat, denoised)
-        slope = (x_hat - denoised) / sigma_hat                          # dx/dsigma
-        x_next = x_hat + (sigma_next - sigma_hat) * slope
-
-        # Heun: once more, along the mean of the slopes at both ends. At sigma 0 there is none.
-        if sigma_next > 0:
+        slope = (x_hat - denoised) / sigma_hat                              # dx/dsigma
+        x_next = x_hat + (sigma_next - sigma_hat) * slope                   # Euler
+        if sigma_next > 0:                       # Heun: along the mean of the slopes at both ends
             slope_next = (x_next - denoise(x_next, sigma_next)) / sigma_next
             x_next = x_hat + (sigma_next - sigma_hat) * (slope + slope_next) / 2
     return x_next
 
 
-@torch.no_grad()
-def ema_update(average, model, step, half_life):
-    """average <- decay average + (1 - decay) model, decay = 0.5^(1 / half_life), in steps.
+def sigma_steps(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """sigma_i = (sigma_max^(1/rho) + i / (N - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho and
+    then 0, N = steps: (N + 1,) float64, CPU. Ever shorter steps, as the curve bends ever more."""
+    i = torch.arange(steps, dtype=torch.float64)
+    high, low = sigma_max**(1 / rho), sigma_min**(1 / rho)
+    sigma = (high + i / max(1, steps - 1) * (low - high))**rho
+    return torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
 
-    The average draws the samples: each step pulls the weights towards its own few latents, and over
-    many steps these pulls cancel. Early on the half-life is at most a tenth of the steps so far, or
-    the random start would linger.
-    """
-    half_life = min(half_life, 0.1 * step)
-    decay = 0.5 ** (1 / max(half_life, 1e-8))
-    for averaged, current in zip(average.parameters(), model.parameters()):
-        averaged.lerp_(current, 1 - decay)
+
+def fresh_noise(x, generator):
+    """N(0, 1), as x. generator: one, or a list of B: then no object's depends on the others."""
+    if not isinstance(generator, list):
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    rows = [torch.randn(x.shape[1:], generator=own, dtype=x.dtype) for own in generator]
+    return torch.stack(rows).reshape(x.shape).to(x.device)
 
 
 # ---- F: ADM's U-Net in 3D (App. B.2) ------------------------------------------------------------
-#
-# Time runs from left to right; here side 8, two sides, depth 2. Each `block` of the right half is
-# also handed what one module of the left half has made (skip connections), the latest first:
-#
-#     8^3   first  block  block                                       block  block  block  last
-#     4^3                        down  block  block   middle  middle  block  block  block  up
 
 
 class UNet3D(nn.Module):
-    """F(x; c_noise). x (B, C, s, s, s), c_noise (B,) -> as x. Arguments: see Denoiser."""
+    """F(x; c_noise), ADM's U-Net: x (B, C, s, s, s), c_noise (B,) -> as x. Arguments: see Denoiser.
+    Below, two multipliers and depth 2, at s = 8; each `block` of the right half is also handed what
+    a module of the left half has made (skip connections), the latest first:
+        8^3   first  block  block                                     block  block  block  last
+        4^3                        down  block  block  middle  middle  block  block  block  up
+    """
 
     def __init__(self, latent_shape, channels, multipliers, depth, attention):
         super().__init__()
-        c_latent, side, _, _ = latent_shape
-        lowest = len(multipliers) - 1                      # levels: 0 is the full side
-        if side % 2**lowest != 0:
-            raise ValueError(f"a latent of side {side} cannot be halved {lowest} times")
+        c_latent, side = latent_shape[:2]
         widths = [channels * multiplier for multiplier in multipliers]
-        attends = [(side // 2**level) in attention for level in range(len(widths))]
+        attends = [side // 2**level in attention for level in range(len(widths))]
         c_emb = 4 * channels
-        self.channels = channels
+        # OURS: frequencies of c_noise from 1/4 to 64. ADM's are for step numbers up to 1000.
+        self.freqs = nn.Buffer(torch.logspace(-2, 6, channels // 2, base=2), persistent=False)
         self.embed = nn.Sequential(nn.Linear(channels, c_emb), nn.SiLU(),
                                    nn.Linear(c_emb, c_emb), nn.SiLU())
-        c = widths[0]                                      # width of x on its way
+        c = widths[0]                            # width of x on its way
         self.first = nn.Conv3d(c_latent, c, 3, padding=1)
-        skips = [c]                                        # widths of what will be handed over
         self.encoder = nn.ModuleList()
         for level, width in enumerate(widths):
             if level > 0:
                 self.encoder.append(UNetBlock(c, c, c_emb, resample=nn.AvgPool3d(2)))
-                skips.append(c)
             for _ in range(depth):
                 self.encoder.append(UNetBlock(c, width, c_emb, attends[level]))
                 c = width
-                skips.append(c)
-        self.middle = nn.ModuleList([UNetBlock(c, c, c_emb, attends[lowest]),
-                                     UNetBlock(c, c, c_emb)])
-        self.decoder = nn.ModuleList()                     # a list of blocks for each level
-        self.ups = nn.ModuleList()                         # and a block between two levels
-        for level in range(lowest, -1, -1):
-            if level < lowest:
+        self.middle = nn.ModuleList([UNetBlock(c, c, c_emb, attends[-1]), UNetBlock(c, c, c_emb)])
+        skips = [widths[0]] + [block.conv2.out_channels for block in self.encoder]
+        self.decoder = nn.ModuleList()           # a list of blocks for each side
+        self.ups = nn.ModuleList()               # and a block between two sides
+        for width, attend in zip(widths[::-1], attends[::-1]):
+            if len(self.decoder) > 0:
                 self.ups.append(UNetBlock(c, c, c_emb, resample=nn.Upsample(scale_factor=2)))
-            blocks = nn.ModuleList()
+            self.decoder.append(nn.ModuleList())
             for _ in range(depth + 1):
-                blocks.append(UNetBlock(c + skips.pop(), widths[level], c_emb, attends[level]))
-                c = widths[level]
-            self.decoder.append(blocks)
+                self.decoder[-1].append(UNetBlock(c + skips.pop(), width, c_emb, attend))
+                c = width
         self.last = nn.Sequential(group_norm(c), nn.SiLU(),
                                   zero_init(nn.Conv3d(c, c_latent, 3, padding=1)))
 
-    def forward(self, x, c_noise):
-        return self.walk(x, self.embed_noise(c_noise))
-
-    def embed_noise(self, c_noise):
-        """c_noise (B,) -> emb (B, c_emb): its cosines and sines, through two layers."""
-        # OURS: c_noise = ln(sigma)/4 runs from -1.6 to 1.1. ADM's sinusoids were made for step
-        # numbers up to 1000; the frequencies here go from 1/4 to 64 instead of from 1e-4 to 1.
-        freqs = torch.logspace(-2, 6, self.channels // 2, base=2, dtype=c_noise.dtype,
-                               device=c_noise.device)
-        angles = c_noise[:, None] * freqs                                   # (B, channels / 2)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=1)              # (B, channels)
-        return self.embed(waves)
-
-    def walk(self, x, told):
-        """x through all blocks. told: what each is told beside its x, here the noise embedding."""
+    def forward(self, x, c_noise, *told):
+        angles = c_noise[:, None] * self.freqs                              # (B, channels / 2)
+        emb = self.embed(torch.cat([angles.cos(), angles.sin()], dim=1))    # (B, c_emb)
         x = self.first(x)
         skips = [x]
         for block in self.encoder:
-            x = block(x, told)
+            x = block(x, emb, *told)
             skips.append(x)
         for block in self.middle:
-            x = block(x, told)
+            x = block(x, emb, *told)
         for i, blocks in enumerate(self.decoder):
             if i > 0:
-                x = self.ups[i - 1](x, told)
+                x = self.ups[i - 1](x, emb, *told)
             for block in blocks:
-                x = torch.cat([x, skips.pop()], dim=1)
-                x = block(x, told)
+                x = block(torch.cat([x, skips.pop()], dim=1), emb, *told)
         return self.last(x)
 
 
 class UNetBlock(nn.Module):
-    """ADM's residual block, which is told the noise level; then self-attention, if `attention`.
-
-    x (B, c_in, s, s, s), emb (B, c_emb) -> (B, c_out, s', s', s'): side s' is what the module
-    `resample` makes of s.
-    """
+    """ADM's residual block, steered by the noise level; then self-attention, if `attention`.
+    x (B, c_in, s, s, s), emb (B, c_emb) -> (B, c_out, s', s', s'); `resample` makes s' of s."""
 
     def __init__(self, c_in, c_out, c_emb, attention=False, resample=None):
         super().__init__()
@@ -314,23 +229,19 @@ class UNetBlock(nn.Module):
         self.attention = SelfAttention(c_out) if attention else nn.Identity()
 
     def forward(self, x, emb):
-        h = silu(self.norm1(x))
-        h = self.conv1(self.resample(h))                                    # (B, c_out, s', s', s')
-        steer = self.affine(emb)[:, :, None, None, None]                    # (B, 2 c_out, 1, 1, 1)
-        scale, shift = steer.chunk(2, dim=1)
-        h = self.norm2(h) * (1 + scale) + shift            # the noise level steers every channel
+        h = self.conv1(self.resample(silu(self.norm1(x))))
+        scale, shift = self.affine(emb)[:, :, None, None, None].chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift
         h = self.conv2(silu(h))
         return self.attention(self.skip(self.resample(x)) + h)
 
 
 class SelfAttention(nn.Module):
-    """Every voxel looks at every other: x + proj(softmax(q k^T / sqrt(c)) v). x (B, C, s, s, s)."""
+    """x (B, C, s, s, s) -> x + proj(softmax(q k^T / sqrt(c)) v), as in autodecoder.py."""
 
     def __init__(self, channels):
         super().__init__()
-        self.heads = max(1, channels // 64)                # c = 64 channels a head, as in ADM
-        if channels % self.heads != 0:
-            raise ValueError(f"attention: {self.heads} heads do not divide {channels} channels")
+        self.heads = max(1, channels // 64)      # of c channels each, 64 as in ADM
         self.norm = group_norm(channels)
         self.to_q = nn.Linear(channels, channels)
         self.to_kv = nn.Linear(channels, 2 * channels)
@@ -338,29 +249,17 @@ class SelfAttention(nn.Module):
 
     def forward(self, x):
         voxels = self.norm(x).flatten(2).transpose(1, 2)                    # (B, s^3, C)
-        q = self.to_q(voxels)
-        k, v = self.to_kv(voxels).chunk(2, dim=-1)
-        seen = scaled_dot_product_attention(self.split(q), self.split(k), self.split(v))
-        return x + self.merge(seen, x.shape)
-
-    def split(self, sequence):
-        """(B, n, C) -> (B, heads, n, c): every head has its own share of the channels."""
-        return sequence.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def merge(self, seen, shape):
-        """(B, heads, s^3, c) -> the heads side by side, through proj, as (B, C, s, s, s)."""
-        seen = seen.transpose(1, 2).flatten(2)                              # (B, s^3, C)
-        return self.proj(seen).transpose(1, 2).reshape(shape)
+        qkv = torch.cat([self.to_q(voxels), self.to_kv(voxels)], dim=-1)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        seen = scaled_dot_product_attention(q, k, v).transpose(1, 2)        # (B, s^3, heads, c)
+        return x + self.proj(seen.flatten(2)).transpose(1, 2).reshape(x.shape)
 
 
 def group_norm(channels):
-    """EDM's group norm: 32 groups, or fewer, so that each has at least 4 channels.
-
-    TRAP: a group of one channel loses that channel's mean and scale: what a layer says with them,
-    the next cannot hear, and at 1^3 that is all. In a group of several, channels still differ.
-    """
+    """EDM's: 32 groups, or fewer, of at least 4 channels each. TRAP: a group of one channel erases
+    that channel's mean and scale: what a layer says with them, the next cannot hear."""
     groups = max(1, min(32, channels // 4))
-    while channels % groups != 0:                          # OURS: EDM's widths always divide
+    while channels % groups != 0:                # OURS: EDM's widths always divide
         groups -= 1
     return nn.GroupNorm(groups, channels)
 
@@ -380,6 +279,15 @@ import re   # noqa: E402
 
 from data import BadInput   # noqa: E402
 
+# ---- If sigma_data is not the deviation of y ----------------------------------------------------
+#
+# Let that be a, sd be sigma_data, and total = sigma^2 + sd^2. Then, with EDM's preconditioning,
+#
+#     F is fed       c_in x                    of variance (a^2 + sigma^2) / total
+#     F must answer  (y - c_skip x) / c_out    of variance (sd^2 + a^2 sigma^2 / sd^2) / total
+#
+# Both are 1 at every sigma if a = sd, and lie between 1 and (a / sd)^2 if not.
+
 # ---- The U-Net that hears text ------------------------------------------------------------------
 
 
@@ -393,12 +301,16 @@ class CrossAttention(SelfAttention):
     def forward(self, x, tokens, mask):
         """tokens (B, T, context_dim), mask (B, T), True for real ones."""
         voxels = self.norm(x).flatten(2).transpose(1, 2)                    # (B, s^3, C)
-        q = self.to_q(voxels)
+        q = self.split(self.to_q(voxels))
         k, v = self.to_kv(tokens).chunk(2, dim=-1)                          # (B, T, C)
         may_see = mask[:, None, None, :]                                    # (B, 1, 1, T)
-        seen = scaled_dot_product_attention(self.split(q), self.split(k), self.split(v),
-                                            attn_mask=may_see)
-        return x + self.merge(seen, x.shape)
+        seen = scaled_dot_product_attention(q, self.split(k), self.split(v), attn_mask=may_see)
+        seen = seen.transpose(1, 2).flatten(2)                              # (B, s^3, C)
+        return x + self.proj(seen).transpose(1, 2).reshape(x.shape)
+
+    def split(self, sequence):
+        """(B, n, C) -> (B, heads, n, c): every head has its own share of the channels."""
+        return sequence.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class TextBlock(nn.Module):
@@ -421,8 +333,7 @@ class TextBlock(nn.Module):
                 self.self_attention.append(SelfAttention(channels))
             self.cross_attention.append(CrossAttention(channels, context_dim))
 
-    def forward(self, x, told):
-        emb, tokens, mask = told
+    def forward(self, x, emb, tokens, mask):
         x = self.block(x, emb)
         for pair, cross_attention in enumerate(self.cross_attention):
             if pair > 0:
@@ -474,19 +385,26 @@ class TextDenoiser(Denoiser):
         if tokens.shape != (*mask.shape, self.context_dim) or len(mask) != len(x):
             raise ValueError(f"tokens must be ({len(x)}, T, {self.context_dim}) and mask "
                              f"({len(x)}, T), got {tuple(tokens.shape)} and {tuple(mask.shape)}")
-
-        def network(x, c_noise):
-            emb = self.unet.embed_noise(c_noise)
-            return self.unet.walk(x, (emb, tokens, mask))
-
-        return self.precondition(network, x, sigma)
+        return super().forward(x, sigma, tokens, mask)
 
 
 def build_denoiser(settings, latent_shape, vocabulary=()):
-    """A TextDenoiser if the settings ask for text, else a Denoiser."""
+    """A TextDenoiser if the settings ask for text, else a Denoiser. ValueError: they do not fit."""
+    side = latent_shape[1]
+    halvings = len(settings.unet_multipliers) - 1
+    if side % 2**halvings != 0:
+        raise ValueError(f"a latent of side {side} cannot be halved {halvings} times")
     if settings.text:
-        return TextDenoiser.from_settings(settings, latent_shape, vocabulary)
-    return Denoiser.from_settings(settings, latent_shape)
+        denoiser = TextDenoiser.from_settings(settings, latent_shape, vocabulary)
+    else:
+        denoiser = Denoiser.from_settings(settings, latent_shape)
+    for module in denoiser.modules():
+        if not isinstance(module, SelfAttention):
+            continue
+        channels = module.proj.in_features
+        if channels % module.heads != 0:
+            raise ValueError(f"attention: {module.heads} heads do not divide {channels} channels")
+    return denoiser
 
 
 # ---- Guidance -----------------------------------------------------------------------------------

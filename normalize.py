@@ -1,18 +1,15 @@
 """Latent volumes F of the decoder go in; F_hat, of a scale that diffusion can rely on, come out.
 
 Paper: Sec. 3.3 and Fig. 9: F_hat = (F - m) / s, with m the median and s = 0.7413 (Q75 - Q25), the
-normalized interquartile range, which for a Gaussian equals the standard deviation.
-
-Why not mean and standard deviation: densities have no upper bound, so a few latent values become
-extreme (PAPER: 1e4 and more), and a handful of those decides both. Quartiles do not see them.
-
-When: once, between the two stages. Stage 1 is over, the decoder is in evaluation mode (its batch
-norms no longer move), and m and s are measured on G1(e) of ALL training objects. Stage 2 trains on
-F_hat; a sampled F_hat goes through denormalize before G2 turns it into a volume.
-
+normalized interquartile range (IQR), which for a Gaussian equals the standard deviation.
+Why not mean and deviation: a few latents are extreme (PAPER: 1e4 and more, as densities have no
+upper bound), and a handful of those decides both. Quartiles do not see them.
+When: once, between the two stages, on F = G1(e) of ALL training objects, the decoder in evaluation
+mode (its batch norms no longer move). Stage 2 learns F_hat; G2 wants what it draws denormalized.
 Shapes: N training objects, C channels, D = H = W the latent's side.
 Read next: diffusion.py
 """
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,15 +17,11 @@ MODES = ("robust", "meanstd", "none")
 
 
 class RobustNormalizer(nn.Module):
-    """F_hat = spread (F - m) / s.
+    """F_hat = spread (F - m) / s, by mode: "robust" (PAPER); "meanstd" or "none", to compare with.
 
-    mode         "robust": median and 0.7413 IQR (PAPER); "meanstd", "none": to compare with
-    per_channel  False: one m and one s for all numbers; True: one for each channel. AMBIGUOUS in
-                 the paper; one for all reads most natural
-    spread       of the result. AMBIGUOUS: the formula gives 1, while sigma_data is 0.5 and Fig. 9
-                 speaks of [-1, 1] (measured: docs/results.md)
-    buffers      m, s: () or, per channel, (1, C, 1, 1, 1). Whoever samples needs the very numbers
-                 that training used, so they travel inside the checkpoint
+    per_channel  m, s are (1, C, 1, 1, 1) instead of (). AMBIGUOUS: one for all reads most natural
+    spread       of F_hat. AMBIGUOUS: the formula gives 1, yet diffusion assumes sigma_data = 0.5
+                 and Fig. 9 speaks of [-1, 1] (measured: docs/results.md)
     """
 
     def __init__(self, mode="robust", per_channel=False, spread=1.0):
@@ -38,32 +31,26 @@ class RobustNormalizer(nn.Module):
         self.mode = mode
         self.per_channel = per_channel
         self.spread = spread
-        self.register_buffer("m", torch.zeros(()))
-        self.register_buffer("s", torch.ones(()))
+        self.register_buffer("m", torch.zeros(()))          # in stage 2's checkpoint, as is s:
+        self.register_buffer("s", torch.ones(()))           # sampling needs the very same numbers
 
     @classmethod
     def from_settings(cls, settings):
         return cls(settings.normalization, settings.per_channel, settings.latent_scale)
 
     def fit(self, latents):
-        """Measures m and s on latents F (N, C, D, H, W). Returns self.
-
-        Raises ValueError where a latent is not finite.
-        """
+        """Measures m and s on F (N, C, D, H, W), ValueError if not finite. Returns self."""
         if latents.ndim != 5:
             raise ValueError(f"latents must be (N, C, D, H, W), got {tuple(latents.shape)}")
         if not torch.isfinite(latents).all():
             raise ValueError("latents are not finite: stage 1 has diverged")
-        # One row for each group of numbers that shares an m and an s.
+        rows = latents.reshape(1, -1)                       # what is in a row shares an m and an s
+        shape = ()
         if self.per_channel:
             rows = latents.transpose(0, 1).flatten(1)       # (C, N D H W)
             shape = (1, -1, 1, 1, 1)
-        else:
-            rows = latents.reshape(1, -1)                   # (1, N C D H W)
-            shape = ()
         m, s = measure(rows.double(), self.mode)
-        # Where half of the numbers are equal the IQR is 0: leave their scale as it is.
-        s = torch.where(s > 0, s, torch.ones_like(s))
+        s = torch.where(s > 0, s, torch.ones_like(s))       # IQR 0: half of the numbers are equal
         self.m = m.to(latents).reshape(shape)               # to the latents' type and device
         self.s = s.to(latents).reshape(shape)
         return self
@@ -73,28 +60,16 @@ class RobustNormalizer(nn.Module):
         return (latents - self.m) / self.s * self.spread
 
     def denormalize(self, latents_hat):
-        """F_hat (N, C, D, H, W) -> F, same shape: what G2 expects."""
+        """F_hat (N, C, D, H, W) -> F, same shape."""
         return latents_hat / self.spread * self.s + self.m
 
 
 def measure(rows, mode):
-    """m and s of each row: rows (G, M) -> two of (G,)."""
+    """m and s of each row: rows (G, M) -> (G,) each. torch.quantile takes 16 million at most."""
     if mode == "none":
         return torch.zeros_like(rows[:, 0]), torch.ones_like(rows[:, 0])
     if mode == "meanstd":
         return rows.mean(1), rows.std(1)
-    # Sorting, because torch.quantile refuses more than 16 million numbers.
-    ordered = rows.sort(dim=1).values
-    q25 = quantile(ordered, 0.25)
-    median = quantile(ordered, 0.5)
-    q75 = quantile(ordered, 0.75)
+    quartiles = np.quantile(rows.cpu().numpy(), [0.25, 0.5, 0.75], axis=1)
+    q25, median, q75 = torch.from_numpy(quartiles)
     return median, 0.7413 * (q75 - q25)                     # 1 / 0.7413 is the IQR of N(0, 1)
-
-
-def quantile(ordered, q):
-    """Quantile q of sorted rows, linear between neighbours as in numpy: (G, M) -> (G,)."""
-    last = ordered.shape[1] - 1
-    rank = q * last                                         # between two whole ranks, mostly
-    below = int(rank)
-    above = min(below + 1, last)
-    return torch.lerp(ordered[:, below], ordered[:, above], rank - below)

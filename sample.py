@@ -1,27 +1,22 @@
-"""A trained run goes in; objects that never existed come out, as pictures and a film.
+"""A trained run goes in; objects that never existed come out, as pictures.
 
     python sample.py --run runs/tiny-synthetic --n 8
 
-Paper: Sec. 3.3 and App. C.2. Three steps, and then a picture:
+    noise -- sample_latents --> latent F -- decode --> volume -- render_views --> pictures
+             64 Heun steps                  G2                   from a turntable
 
-    noise -- sample_latents --> latent F -- decode --> volume -- render_views --> picture
-             64 Heun steps, x s + m         G2                   from a turntable
-
-The embeddings and G1 take no part: they made the latents that diffusion learned from, and are no
-longer needed. A new object has no embedding, and there was never a photo of it.
-
-Shapes: B objects (n: so many were asked for), V views, T frames of a film, C channels; volumes are
-(4, D, H, W), pictures (3, H, W).
+Paper: Sec. 3.3 and App. C.2. Embeddings and G1 take no part: they have made the latents that
+diffusion learned from. A new object has no embedding, and there was never a photo of it.
+Shapes: n objects, V views, C channels, T frames of a film; volumes (4, D, H, W).
 Read next: tests/, which say in closed forms what the other files promise.
 """
 import math
+import os
 from hashlib import sha256
-from pathlib import Path
 from types import SimpleNamespace
 
 import imageio.v3 as iio
 import torch
-import torch.nn.functional as F
 
 import render
 from autodecoder import AutoDecoder
@@ -29,58 +24,39 @@ from diffusion import Denoiser, edm_sampler
 from normalize import RobustNormalizer
 
 SIDE = 96                        # pixels of a picture on a sheet or in a film
-FRAMES = 48                      # of a turntable film
-
-# ---- What training left --------------------------------------------------------------------------
+FRAMES = 48                      # T of a turntable film
 
 
 def load_run(folder, device="cpu"):
-    """The networks of a run, from stage1.pt and stage2.pt in its folder: see assemble."""
+    """What training left in a folder -> `trained`, a namespace that all functions below take. Its
+    settings are stage 2's, its names the training objects', and view is where the turntable's
+    camera stands: distance, and elevation in radians."""
     # TRAP: without weights_only, loading a file runs whatever program somebody put into it.
-    first = torch.load(Path(folder) / "stage1.pt", map_location="cpu", weights_only=True)
-    second = torch.load(Path(folder) / "stage2.pt", map_location="cpu", weights_only=True)
-
+    first = torch.load(f"{folder}/stage1.pt", map_location="cpu", weights_only=True)
+    second = torch.load(f"{folder}/stage2.pt", map_location="cpu", weights_only=True)
     settings = SimpleNamespace(**first["settings"])
     autodecoder = AutoDecoder.from_settings(settings, len(first["names"]))
     autodecoder.load_state_dict(first["model"])
-
-    # EDM samples with the average of the weights ("ema"): those of the last step are restless.
     settings = SimpleNamespace(**second["settings"])
     denoiser = Denoiser.from_settings(settings, autodecoder.latent_shape)
-    denoiser.load_state_dict(second["ema"])
-    return assemble(first, second, autodecoder, denoiser, device)
-
-
-def assemble(first, second, autodecoder, denoiser, device):
-    """Two checkpoints and the networks that they hold become `trained`, a namespace:
-
-    settings  of stage 2     device     names  of the training objects
-    view      distance and elevation from which its objects are looked at, a dict
-    autodecoder, denoiser, and normalizer with the m and s of training
-    """
-    settings = SimpleNamespace(**second["settings"])
+    denoiser.load_state_dict(second["ema"])          # averaged: those of the last step are restless
     normalizer = RobustNormalizer.from_settings(settings)
-    normalizer.m = second["m"]
-    normalizer.s = second["s"]
+    normalizer.m, normalizer.s = second["m"], second["s"]
     for module in (autodecoder, denoiser, normalizer):
-        # Evaluation mode: batch norm uses what it measured in training, not what it sees now.
-        module.to(device).eval().requires_grad_(False)
+        module.to(device).eval().requires_grad_(False)    # eval: batch norm as training measured it
     return SimpleNamespace(
         settings=settings, device=device, names=first["names"], view=first["view"],
         autodecoder=autodecoder, denoiser=denoiser, normalizer=normalizer)
 
 
-# ---- Noise -> latents -> volumes (Sec. 3.3) ------------------------------------------------------
+# ---- Noise -> latents -> volumes -> pictures (Sec. 3.3) ------------------------------------------
 
 
 def stream(seed, name):
-    """A generator of random numbers for one use of a seed.
-
-    TRAP: manual_seed(seed) in two places gives the same numbers twice. Embeddings drawn "anew" from
-    N(0, I) would then be the very ones that training started from, and decode to training objects.
-    """
+    """Random numbers for one use of a seed. TRAP: manual_seed(seed) in two places gives the same
+    numbers twice: embeddings drawn "anew" would be those that training began with."""
     digest = sha256(f"{name} {seed}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))   # fits an int64
 
 
 def latent_noise(trained, n, seed):
@@ -90,12 +66,8 @@ def latent_noise(trained, n, seed):
 
 
 def sample_latents(trained, noise, steps=64, churn=40.0, seed=0, watch=None, first=0):
-    """Noise (n, C, s, s, s) -> latents F of new objects, as noise, ready for G2.
-
-    steps  of the sampler (PAPER: 64)     churn  fresh noise on the way, see edm_sampler; 0: none
-    seed   of that fresh noise            watch  see edm_sampler
-    first  number of the first object: object i gets the same fresh noise, whoever is beside it
-    """
+    """Noise (n, C, s, s, s) -> latents F of new objects, as noise. Others: see edm_sampler. Object
+    i's churn depends on seed and first + i alone, whoever is made beside it."""
     latents = []
     for part in noise.split(64):                                       # 64 at a time: memory
         fresh = [stream(seed, f"churn {first + i}") for i in range(len(part))]
@@ -113,19 +85,22 @@ def decode(trained, latents):
     return torch.cat([trained.autodecoder.decode_volume(part) for part in latents.split(16)])
 
 
-# ---- Volumes -> pictures, from a turntable -------------------------------------------------------
+@torch.no_grad()
+def training_latents(trained):
+    """What stage 2 learns from: F = G1(e) of all N training objects, (N, C, s, s, s). In evaluation
+    mode, or batch norm would let a latent depend on which others are decoded beside it."""
+    k = torch.arange(len(trained.names), device=trained.device)
+    e = trained.autodecoder.eval().embed(k)                            # (N, embed_dim)
+    latents = torch.cat([trained.autodecoder.decode_latent(part) for part in e.split(64)])
+    return latents.contiguous()              # the decoder leaves them in another order of memory
 
 
 def view_from(trained, azimuth):
-    """A camera at an azimuth (radians) around the object: cam2world (4, 4), intrinsics (4,).
-
-    OURS: as far and as high as a typical training camera, but with a lens of our own: a sphere of
-    radius 1.3, around the object in its cube [-1, 1]^3, just fills the picture. Its rim is seen at
-    an angle of sine 1.3 / distance; the focal length is half a picture over the tangent of that.
-    """
+    """A camera at an azimuth (radians) around the object: cam2world (4, 4), intrinsics (4,). OURS:
+    through its lens a sphere of radius 1.3 fills the picture. The sphere's rim is seen at an angle
+    of sine 1.3 / distance; half a picture over the tangent of that is the focal length."""
     distance = trained.view["distance"]
-    elevation = torch.tensor(trained.view["elevation"])
-    cam2world = render.orbit(torch.tensor(float(azimuth)), elevation, distance)
+    cam2world = render.orbit(float(azimuth), trained.view["elevation"], distance)
     focal = 0.5 * math.sqrt(distance**2 - 1.3**2) / 1.3
     intrinsics = torch.tensor([focal, focal, 0.5, 0.5])
     return cam2world.to(trained.device), intrinsics.to(trained.device)
@@ -133,100 +108,44 @@ def view_from(trained, azimuth):
 
 @torch.no_grad()
 def render_views(trained, volumes, azimuths, size, n_samples=64):
-    """Volumes (B, 4, D, H, W) seen from V azimuths (radians), on the CPU.
-
-    returns rgb (B, V, 3, size, size) over black, occupancy (B, V, 1, size, size)
-    """
+    """Volumes (n, 4, D, H, W) from V azimuths (radians) -> rgb (n, V, 3, size, size) over black and
+    occupancy (n, V, 1, size, size), on the CPU."""
     rgb = torch.empty(len(volumes), len(azimuths), 3, size, size)
     occupancy = torch.empty(len(volumes), len(azimuths), 1, size, size)
     for v, azimuth in enumerate(azimuths):
         cam2world, intrinsics = view_from(trained, azimuth)
-        for first in range(0, len(volumes), 8):                        # 8 at a time: memory
-            chunk = slice(first, first + 8)
-            n = len(volumes[chunk])
-            cameras = cam2world.expand(n, 1, 4, 4)                     # the same one for all
-            lenses = intrinsics.expand(n, 1, 4)
-            colour, covered = render.render(volumes[chunk], cameras, lenses, size, n_samples)
-            rgb[chunk, v] = colour[:, 0].cpu()
-            occupancy[chunk, v] = covered[:, 0].cpu()
+        for i, volume in enumerate(volumes):                           # one at a time: memory
+            colour, covered = render.render(volume[None], cam2world[None, None],
+                                            intrinsics[None, None], size, n_samples)
+            rgb[i, v] = colour[0, 0]
+            occupancy[i, v] = covered[0, 0]
     return rgb, occupancy
 
 
-def on_white(rgb, occupancy):
-    """Colour over white instead of black, for looking at: dark objects show. (..., 3, H, W)."""
-    return rgb + 1 - occupancy
-
-
-def to_uint8(pictures):
-    """(..., 3, H, W) in [0, 1] -> numpy (..., H, W, 3) of bytes, as files hold them."""
-    levels = (pictures.clamp(0, 1) * 255).round().byte()
-    return levels.movedim(-3, -1).cpu().numpy()
-
-
-def tile(rows):
-    """Rows of pictures, a list of (n, 3, H, W) -> one picture (3, H', W'), 2 pixels between."""
-    strips = []
-    for row in rows:
-        framed = [F.pad(picture, (1, 1, 1, 1), value=1.0) for picture in row]
-        strips.append(torch.cat(framed, -1))
-    return torch.cat(strips, -2)
-
-
-# ---- The sheet and the turntable -----------------------------------------------------------------
-
-
-def save_film(folder, name, frames, fps=15):
-    """Writes frames (T, 3, H, W) as GIF and as MP4 -> the two paths."""
-    height, width = frames.shape[-2:]
-    even = frames[..., :height - height % 2, :width - width % 2]       # as H.264 wants its sides
-    frames = to_uint8(even)
-    gif = Path(folder) / f"{name}.gif"
-    mp4 = Path(folder) / f"{name}.mp4"
-    iio.imwrite(gif, frames, duration=1000 / fps, loop=0)
-    iio.imwrite(mp4, frames, fps=fps, codec="libx264", macro_block_size=2)
-    return [gif, mp4]
-
-
-def film_frames(views):
-    """Pictures of n objects at T times (n, T, 3, H, W), four in a row -> frames (T, 3, H', W').
-
-    A last row that is not full is left out.
-    """
-    columns = min(4, len(views))
-    rows = []
-    for first in range(0, len(views) - columns + 1, columns):
-        rows.append(views[first:first + columns])
-    return torch.stack([tile([row[:, t] for row in rows]) for t in range(views.shape[1])])
-
-
-def save_turntable(trained, volumes, folder):
-    """A film of volumes (n, 4, D, H, W) that turn once -> paths."""
-    azimuths = torch.linspace(0, 2 * math.pi, FRAMES + 1)[:-1]         # the last is the first again
-    rgb, occupancy = render_views(trained, volumes, azimuths.tolist(), SIDE)
-    return save_film(folder, "turntable", film_frames(on_white(rgb, occupancy)))
-
-
 def save_samples(trained, folder, n=8, steps=64, seed=0, churn=40.0):
-    """n objects that never existed -> volumes (n, 4, D, H, W), paths of their sheet and films."""
+    """n objects that never existed -> volumes (n, 4, D, H, W), paths of a sheet and a turntable."""
     noise = latent_noise(trained, n, seed)                             # (n, C, s, s, s)
     latents = sample_latents(trained, noise, steps, churn, seed)       # (n, C, s, s, s)
     volumes = decode(trained, latents)                                 # (n, 4, D, H, W)
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    rgb, occupancy = render_views(trained, volumes, [0.6, 2.2, 3.7], SIDE)
-    views = on_white(rgb, occupancy)                                   # (n, 3, 3, SIDE, SIDE)
-    sheet = folder / "samples.png"
-    iio.imwrite(sheet, to_uint8(tile(list(views))))                    # an object a row
-    return volumes, [sheet] + save_turntable(trained, volumes, folder)
+    azimuths = [0.6 + 2 * math.pi * t / FRAMES for t in range(FRAMES)]
+    rgb, occupancy = render_views(trained, volumes, azimuths, SIDE)    # (n, T, ..., SIDE, SIDE)
+    views = rgb + 1 - occupancy                # over white: black would swallow dark objects
+    film = torch.cat(list(views), -1)          # side by side: (T, 3, SIDE, n SIDE)
+    film = (film.clamp(0, 1) * 255).round().byte().movedim(1, -1)
+    os.makedirs(folder, exist_ok=True)
+    iio.imwrite(f"{folder}/samples.png", film[::FRAMES // 3].flatten(0, 1).numpy())   # 3 of them
+    iio.imwrite(f"{folder}/turntable.gif", film.numpy(), duration=1000 / 15, loop=0)
+    return volumes, [f"{folder}/samples.png", f"{folder}/turntable.gif"]
 
 
 # ==== Second reading: checked loading, the baseline, text, what moves, figures, meshes ============
 # The same three steps for every kind of run, and everything else that one may want to see of it.
 import contextlib  # noqa: E402
 import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import matplotlib  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 import data  # noqa: E402
 from autodecoder import PoseNet, build_decoder  # noqa: E402
@@ -334,7 +253,7 @@ def restore(make, state_dict, path):
 def open_run(folder, device="cpu", stages=(1, 2)):
     """load_run for runs of every kind and from anybody. stages (1,): without diffusion.
 
-    returns `trained`, as assemble does, and in it further
+    returns `trained`, as load_run does, and in it further
       data_settings     of stage 1: its seed, which may be another, made the training objects
       captions, source  of the training data, the latter as --data was given
       posenet           None where cameras are known; else also poses (T, P, 4, 4) of a clip
@@ -346,10 +265,10 @@ def open_run(folder, device="cpu", stages=(1, 2)):
     settings = settings_of(first, path)
     n_objects = len(first["names"])
     autodecoder = restore(lambda: build_decoder(settings, n_objects), first["model"], path)
+    autodecoder = frozen(autodecoder, device)
     if 2 in stages:
         trained = open_stage2(folder, first, autodecoder, device)
     else:
-        autodecoder.to(device).eval().requires_grad_(False)
         trained = SimpleNamespace(
             settings=settings, device=device, names=first["names"], view=first["view"],
             autodecoder=autodecoder, encode=None)
@@ -359,16 +278,25 @@ def open_run(folder, device="cpu", stages=(1, 2)):
     trained.posenet = None
     if settings.parts:
         posenet = restore(lambda: PoseNet.from_settings(settings), first["posenet"], path)
-        trained.posenet = posenet.to(device).eval().requires_grad_(False)
+        trained.posenet = frozen(posenet, device)
         trained.poses = first["poses"].to(device)
     return trained
 
 
+def frozen(module, device):
+    """A network as it is used from now on: on its device, in evaluation mode, without gradients."""
+    return module.to(device).eval().requires_grad_(False)
+
+
 def open_stage2(folder, first, autodecoder, device):
-    """What open_run takes from stage2.pt; first: the checkpoint of stage 1."""
+    """load_run's namespace, of stage2.pt and what has been read: the checkpoint of stage 1, and
+    the decoder.
+
+    Latents mean nothing to another decoder than the one that they were learned from: it would make
+    fog of them, without a word. So the two must belong together.
+    """
     second = load_checkpoint(folder, 2)
     path = f"{folder}/stage2.pt"
-    # Latents mean nothing to another decoder than the one that they were learned from.
     if second["decoder"] != first["fingerprint"]:
         raise BadInput(f"{path} was trained on another stage 1 than the one there now: run "
                        f"`python train.py --stage 2 --out {folder}` again")
@@ -376,8 +304,12 @@ def open_stage2(folder, first, autodecoder, device):
     shape, vocabulary = autodecoder.latent_shape, second["vocabulary"]
     denoiser = restore(
         lambda: build_denoiser(settings, shape, vocabulary), second["ema"], path)
-    trained = assemble(first, second, autodecoder, denoiser, device)
-    trained.encode = None
+    normalizer = RobustNormalizer.from_settings(settings)
+    normalizer.m, normalizer.s = second["m"], second["s"]
+    trained = SimpleNamespace(
+        settings=settings, device=device, names=first["names"], view=first["view"],
+        autodecoder=autodecoder, denoiser=frozen(denoiser, device),
+        normalizer=frozen(normalizer, device), encode=None)
     if settings.text:
         add_text(trained)
     return trained
@@ -419,11 +351,6 @@ def training_embeddings(trained):
     return trained.autodecoder.embed(k)
 
 
-def training_latents(trained):
-    """F = G1(e) of every training object: (N, C, s, s, s)."""
-    return latents_of(trained, training_embeddings(trained))
-
-
 def direct_latents(trained, n, seed, kind):
     """No diffusion: embeddings drawn at random and decoded by G1 -> latents (n, C, s, s, s).
 
@@ -450,7 +377,7 @@ def direct_latents(trained, n, seed, kind):
 
 
 def add_text(trained):
-    """Turns what assemble returned into a run with text: adds encode and text_denoiser.
+    """Turns a run into one with text: adds encode and text_denoiser.
 
     trained.denoiser becomes the text_denoiser with nothing asked for, so that all that samples
     without a prompt need not know of text. Some captions were left out in training: the null prompt
@@ -644,7 +571,54 @@ def score_heldout(trained, dataset, n_samples=96):
     return {"psnr_heldout": round(mean_psnr, 4), "mask_heldout": round(mean_miss, 4)}
 
 
-# ---- Sheets, and pictures of geometry ------------------------------------------------------------
+# ---- Pictures, sheets and films ------------------------------------------------------------------
+
+
+def on_white(rgb, occupancy):
+    """Colour over white instead of black, for looking at: dark objects show. (..., 3, H, W)."""
+    return rgb + 1 - occupancy
+
+
+def to_uint8(pictures):
+    """(..., 3, H, W) in [0, 1] -> numpy (..., H, W, 3) of bytes, as files hold them."""
+    levels = (pictures.clamp(0, 1) * 255).round().byte()
+    return levels.movedim(-3, -1).cpu().numpy()
+
+
+def tile(rows):
+    """Rows of pictures, a list of (n, 3, H, W) -> one picture (3, H', W'), 2 pixels between."""
+    strips = []
+    for row in rows:
+        framed = [F.pad(picture, (1, 1, 1, 1), value=1.0) for picture in row]
+        strips.append(torch.cat(framed, -1))
+    return torch.cat(strips, -2)
+
+
+def film_frames(views):
+    """Pictures of n objects at T times (n, T, 3, H, W), four in a row -> frames (T, 3, H', W').
+
+    A last row that is not full is left out.
+    """
+    columns = min(4, len(views))
+    rows = []
+    for first in range(0, len(views) - columns + 1, columns):
+        rows.append(views[first:first + columns])
+    return torch.stack([tile([row[:, t] for row in rows]) for t in range(views.shape[1])])
+
+
+def save_film(folder, name, frames, fps=15):
+    """Writes frames (T, 3, H, W) as GIF and as MP4 -> the two paths.
+
+    A GIF shows in a README and has 256 colours; an MP4 has all of them, and is a tenth of its size.
+    """
+    height, width = frames.shape[-2:]
+    even = frames[..., :height - height % 2, :width - width % 2]       # as H.264 wants its sides
+    frames = to_uint8(even)
+    gif = Path(folder) / f"{name}.gif"
+    mp4 = Path(folder) / f"{name}.mp4"
+    iio.imwrite(gif, frames, duration=1000 / fps, loop=0)
+    iio.imwrite(mp4, frames, fps=fps, codec="libx264", macro_block_size=2)
+    return [gif, mp4]
 
 
 def save_sheet(path, rows, labels, title=""):
@@ -664,6 +638,9 @@ def save_sheet(path, rows, labels, title=""):
     axis.set_title(title, fontsize=10)
     figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
     plt.close(figure)
+
+
+# ---- Pictures of geometry ------------------------------------------------------------------------
 
 
 def depth_picture(views):
@@ -852,6 +829,13 @@ def save_sample_sheet(folder, trained, volumes, nearest=False):
     rows, labels = geometry_rows(geometry_views(trained, volumes[:8], azimuths[0], SIDE))
     save_sheet(geometry, rows[:3], labels[:3])                         # without the parts
     return [sheet, geometry]
+
+
+def save_turntable(trained, volumes, folder):
+    """A film of volumes (n, 4, D, H, W) that turn once -> paths."""
+    azimuths = torch.linspace(0, 2 * math.pi, FRAMES + 1)[:-1]         # the last is the first again
+    rgb, occupancy = render_views(trained, volumes, azimuths.tolist(), SIDE)
+    return save_film(folder, "turntable", film_frames(on_white(rgb, occupancy)))
 
 
 def save_any_turntable(trained, volumes, folder):

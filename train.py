@@ -1,22 +1,15 @@
-"""Photos go in; a trained decoder (stage 1), a diffusion model (stage 2) and pictures come out.
+"""Photos go in; a trained decoder (stage 1) and a diffusion model (stage 2) come out.
 
-    python train.py                      both stages and a first sampling, built-in objects, minutes
-    python train.py --stage 1 --data PHOTOS
-    python train.py --stage 2 --data PHOTOS
-    python train.py --help               every setting, with its value in `tiny`
+    python train.py       both stages and a first sampling, in minutes; --help lists every setting
 
 Paper: Sec. 3.2 (stage 1), Sec. 3.3 (stage 2), Tab. 5 and App. C.2 (the numbers).
-
 Shapes: B objects a step, V views of each, C channels, H = W side of a picture, N dataset objects.
-Simplified: one device, float32, no data loader: the frames fit in memory as bytes. (TRAP: torch's
-"high" precision for matrix products would keep 10 bits of cameras and points on a GPU.)
+Simplified: one device, float32, no data loader: the frames fit in memory as bytes.
 Read next: sample.py
 """
 import copy
 import dataclasses
 import os
-from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -28,24 +21,21 @@ import render
 import sample
 from normalize import RobustNormalizer
 
-# ---- Settings: everything that a run depends on; every field is a flag of the command line ------
+# ---- Settings: the numbers of the method ---------------------------------------------------------
 
 
 def option(default, group, help):
-    """A field of Settings: its default, the group that --help lists it in, and what it means."""
+    """A field of Settings. Each is also a flag of the command line: help says what it means."""
     return dataclasses.field(default=default, metadata={"group": group, "help": help})
 
 
-@dataclass
+@dataclasses.dataclass
 class Settings:
-    """The numbers of the method. Defaults are the paper's for ShapeNet Chairs (Tab. 5), where it has
-    such a number; PRESETS override them."""
+    """Defaults are the paper's for ShapeNet Chairs (Tab. 5), where it has such a number."""
     size: int = option(64, "data", "side of the pictures in pixels")
-    holdout: int = option(6, "data", "every n-th view of an object, or the last 1/n of a clip, is "
-                          "kept for scoring; 0: none")
+    holdout: int = option(6, "data", "1/n of the views is kept for scoring; 0: none")
     n_objects: int = option(15576, "data", "how many built-in objects to make")
     n_views: int = option(24, "data", "views of each built-in object")
-
     embed_dim: int = option(1024, "decoder", "length of the embedding e")
     channels: int = option(512, "decoder", "features of the first volume, halved at each doubling")
     start_side: int = option(4, "decoder", "side of the first volume")
@@ -54,7 +44,6 @@ class Settings:
     decoder_depth: int = option(4, "decoder", "residual blocks per resolution")
     decoder_attention: tuple = option((8, 16), "decoder", "sides with self-attention")
     norm: str = option("batch", "decoder", "batch (the paper) or group")
-
     steps_stage1: int = option(500_000, "stage 1", "training steps")
     objects_per_step: int = option(16, "stage 1", "objects in a step")
     views_per_step: int = option(4, "stage 1", "views of each object in a step")
@@ -63,7 +52,6 @@ class Settings:
     betas: tuple = option((0.5, 0.999), "stage 1", "of Adam")
     perceptual_weight: float = option(10.0, "stage 1", "weight of Eq. 1")
     foreground_weight: float = option(10.0, "stage 1", "weight of Eq. 2")
-
     normalization: str = option("robust", "stage 2", "robust (the paper), meanstd or none")
     per_channel: bool = option(False, "stage 2", "one median and IQR per channel")
     latent_scale: float = option(1.0, "stage 2", "spread of the latents after normalization")
@@ -74,93 +62,55 @@ class Settings:
     unet_attention: tuple = option((8, 4), "stage 2", "sides with self-attention")
     steps_stage2: int = option(500_000, "stage 2", "training steps")
     batch_size: int = option(64, "stage 2", "latents in a step")
-    # AMBIGUOUS: Tab. 5 says 4.5e-5, the text 4.5e-4.
-    lr_stage2: float = option(4.5e-4, "stage 2", "Adam's learning rate, decays linearly to 0")
+    lr_stage2: float = option(4.5e-4, "stage 2", "as lr_stage1 (AMBIGUOUS: 4.5e-5 in Tab. 5)")
     ema_half_life: float = option(2000.0, "stage 2", "of the averaged weights, in steps")
-
-    sample_steps: int = option(64, "sampling", "steps of the sampler")
-    churn: float = option(40.0, "sampling", "S_churn, fresh noise; 0: deterministic")
     seed: int = option(0, "run", "of everything random")
 
 
-# What both toy presets share. The paper's ratios, not its numbers: latent side = volume side / 8.
-TOY_STAGE1 = dict(latent_side=4, decoder_depth=1, decoder_attention=(), objects_per_step=4,
-                  lr_stage1=8e-3, perceptual_weight=1.0, foreground_weight=1.0)
-TOY_STAGE2 = dict(unet_channels=64, unet_multipliers=(1, 2), unet_depth=1, unet_attention=(4, 2),
-                  batch_size=16, lr_stage2=2e-3, ema_half_life=200.0, sample_steps=32)
-PRESETS = {}
-# Two CPU cores, ten minutes or so: 32^3 volumes of 128 objects.
-PRESETS["tiny"] = TOY_STAGE1 | TOY_STAGE2 | dict(
-    n_objects=128, channels=64, volume_side=32, n_samples=32, steps_stage1=2200, steps_stage2=2000)
-# Two CPU cores, a minute and a half: 16^3 volumes, for coursework and for trying many settings.
-PRESETS["micro"] = TOY_STAGE1 | TOY_STAGE2 | dict(
-    size=32, n_objects=64, n_views=16, channels=32, volume_side=16, n_samples=24, unet_channels=32,
-    steps_stage1=1000, steps_stage2=1000)
-
-# ---- What both stages share ----------------------------------------------------------------------
-
-
-def set_learning_rate(optimizer, peak, share):
-    """PAPER: linear decay, from `peak` at the first step (share 0) to 0 at the end (share 1)."""
-    for group in optimizer.param_groups:
-        group["lr"] = peak * (1 - share)
-
-
-def save(path, checkpoint):
-    """Writes a checkpoint under a temporary name, then renames it: never a half-written file.
-
-    checkpoint: a dict of tensors and plain types, so that torch's safe loader can read it
-    """
-    temporary = path.with_suffix(".tmp")
-    torch.save(checkpoint, temporary)
-    os.replace(temporary, path)
-
+# For coursework: two CPU cores, a minute and a half. What is not named is as in the paper.
+PRESETS = {"micro": dict(
+    size=32, n_objects=64, n_views=16, channels=32, volume_side=16, latent_side=4, decoder_depth=1,
+    decoder_attention=(), steps_stage1=1000, objects_per_step=4, n_samples=24, lr_stage1=8e-3,
+    perceptual_weight=1.0, foreground_weight=1.0, unet_channels=32, unet_multipliers=(1, 2),
+    unet_depth=1, unet_attention=(4, 2), steps_stage2=1000, batch_size=16, lr_stage2=2e-3,
+    ema_half_life=200.0)}
 
 # ---- Stage 1: the autodecoder (Sec. 3.2) ---------------------------------------------------------
 
 
 def next_objects(settings, dataset, state):
-    """Numbers of the step's objects (B,): all have had their turn before one comes again."""
-    batch = min(settings.objects_per_step, dataset.n_objects)
-    if len(state.order) < batch:
+    """Numbers (B,) of the step's objects, from a shuffled list of all; when it runs out, anew."""
+    if len(state.order) < min(settings.objects_per_step, dataset.n_objects):
         state.order = torch.randperm(dataset.n_objects, generator=state.generator)
-    k = state.order[:batch]
-    state.order = state.order[batch:]
+    k = state.order[:settings.objects_per_step]
+    state.order = state.order[settings.objects_per_step:]
     return k
 
 
 def draw_frames(dataset, k, views, generator):
-    """Frame numbers (B, V): `views` different training frames of each object in k (B,)."""
+    """Frame numbers (B, V): of each object in k (B,), V of its training views in random order."""
     rows = []
     for object_number in k.tolist():
         frames = dataset.frames_of(object_number, heldout=False)
         order = torch.randperm(len(frames), generator=generator)
-        # An object with fewer views than asked for shows some of them twice.
-        repeats = -(-views // len(frames))                            # rounded up
-        rows.append(frames[order.repeat(repeats)[:views]])
+        rows.append(frames[order.repeat(views)[:views]])   # those of a few photos come repeatedly
     return torch.stack(rows)
 
 
 def draw_photos(settings, dataset, frames, state):
-    """The photos of frames (B, V) and how they were taken, on the state's device.
-
-    returns images (B, V, 3, H, W), masks (B, V, 1, H, W) in [0, 1], intrinsics (B, V, 4)
-    """
+    """Frames (B, V) -> images (B, V, 3, H, W), masks (B, V, 1, H, W), intrinsics (B, V, 4)."""
     images, masks = dataset.batch(frames, settings.size)
     intrinsics = dataset.intrinsics[frames]
     return images.to(state.device), masks.to(state.device), intrinsics.to(state.device)
 
 
 def start_stage1(settings, decoder, device="cpu"):
-    """What the loop of stage 1 carries from step to step, as it is before the first one."""
-    # PAPER: Adam with betas (0.5, 0.999). OURS: "fused", one pass over all weights, is faster.
+    """What the loop of stage 1 carries, as it is before the first step. (fused: only faster.)"""
     decoder.to(device).train()
-    optimizer = torch.optim.Adam(
-        decoder.parameters(), settings.lr_stage1, betas=settings.betas, fused=True)
+    optimizer = torch.optim.Adam(decoder.parameters(), betas=settings.betas, fused=True)
     return SimpleNamespace(
         autodecoder=decoder, optimizer=optimizer, device=device, step=0,
-        generator=sample.stream(settings.seed, "stage 1"),
-        order=torch.empty(0, dtype=torch.int64))           # objects whose turn is still to come
+        order=torch.empty(0, dtype=torch.int64), generator=sample.stream(settings.seed, "stage 1"))
 
 
 def stage1_loss(settings, features, rgb, occupancy, images, masks):
@@ -172,14 +122,12 @@ def stage1_loss(settings, features, rgb, occupancy, images, masks):
 
 def train_stage1(settings, dataset, state, features=autodecoder.pixels_and_gradients,
                  draw=draw_photos):
-    """Learns decoder and embeddings from nothing but photos, masks and cameras.
-
-    features  what Eq. 1 compares     draw  what gets the photos of a step's frames
-    A generator: after every step it yields the loss and the mean squared error of the colours, so
-    that whoever calls it can print, save or stop:  for loss, error in train_stage1(...): ...
-    """
+    """Learns decoder and embeddings from nothing but photos, masks and cameras. It yields each
+    step's loss and mean squared error of colours, so that its caller may print, save or stop.
+    features: what Eq. 1 compares; draw: what fetches the photos of frames."""
     while state.step < settings.steps_stage1:
-        set_learning_rate(state.optimizer, settings.lr_stage1, state.step / settings.steps_stage1)
+        share = state.step / settings.steps_stage1
+        state.optimizer.param_groups[0]["lr"] = settings.lr_stage1 * (1 - share)
         # PAPER: several views of the same object in one step, or its volume overfits to one.
         k = next_objects(settings, dataset, state)                                    # (B,)
         frames = draw_frames(dataset, k, settings.views_per_step, state.generator)    # (B, V)
@@ -199,63 +147,34 @@ def train_stage1(settings, dataset, state, features=autodecoder.pixels_and_gradi
         yield loss.item(), (rgb.detach() - images).square().mean().item()
 
 
-def turntable_view(dataset):
-    """Where samples are looked at from: distance and elevation of a typical training camera."""
-    position = dataset.cam2world[:, :3, 3]
-    distance = position.norm(dim=1)
-    elevation = torch.asin(position[:, 1] / distance).median()
-    return {"distance": max(1.8, float(distance.median())),
-            "elevation": float(elevation.clamp(0.1, 0.6))}
-
-
 def stage1_checkpoint(settings, dataset, state):
-    """What stage 2 and sampling need of stage 1, as plain types."""
+    """What sampling needs of stage 1, and from how far away and how high (radians) it looks."""
     return {"stage": 1, "step": state.step, "settings": vars(settings), "names": dataset.names,
-            "view": turntable_view(dataset), "model": state.autodecoder.state_dict()}
+            "model": state.autodecoder.state_dict(), "view": {"distance": 4.0, "elevation": 0.4}}
 
 
 # ---- Stage 2: diffusion on the decoder's latents (Sec. 3.3) --------------------------------------
 
 
-@torch.no_grad()
-def training_latents(decoder, n_objects, device="cpu", chunk=64):
-    """F = G1(e) of every training object: (N, C, s, s, s).
-
-    In evaluation mode, as when sampling: batch norm then uses its running statistics, and an
-    object's latent does not depend on which others are decoded beside it.
-    """
-    decoder.eval()
-    e = decoder.embed(torch.arange(n_objects, device=device))                     # (N, embed_dim)
-    latents = torch.cat([decoder.decode_latent(part) for part in e.split(chunk)])
-    return latents.contiguous()                        # stored as the U-Net's convolutions like it
-
-
 def start_stage2(settings, latents, denoiser, device="cpu"):
-    """What the loop of stage 2 carries, as it is before the first step.
-
-    latents (N, C, s, s, s), as training_latents gives them; they are normalized here, once
-    """
+    """What the loop of stage 2 carries. latents (N, C, s, s, s) are normalized here, once."""
     normalizer = RobustNormalizer.from_settings(settings).fit(latents)
     denoiser.to(device)
-    average = copy.deepcopy(denoiser).requires_grad_(False)           # the EMA, which samples
-    optimizer = torch.optim.Adam(denoiser.parameters(), settings.lr_stage2, fused=True)
+    average = copy.deepcopy(denoiser).requires_grad_(False)           # it will do the sampling
+    optimizer = torch.optim.Adam(denoiser.parameters(), fused=True)
     return SimpleNamespace(
-        model=denoiser, average=average, optimizer=optimizer, device=device, step=0,
-        normalizer=normalizer, latents=normalizer.normalize(latents),
-        generator=sample.stream(settings.seed, "stage 2"))
+        step=0, model=denoiser, average=average, optimizer=optimizer, normalizer=normalizer,
+        latents=normalizer.normalize(latents), generator=sample.stream(settings.seed, "stage 2"))
 
 
 def train_stage2(settings, state):
-    """Learns the distribution of the latents. A generator, as train_stage1: yields each step's loss.
-
-    The decoder takes no part: to diffusion, a latent volume is data like any other.
-    """
+    """Learns how latents are distributed: to diffusion, they are data. Yields each step's loss."""
     while state.step < settings.steps_stage2:
-        set_learning_rate(state.optimizer, settings.lr_stage2, state.step / settings.steps_stage2)
+        share = state.step / settings.steps_stage2
+        state.optimizer.param_groups[0]["lr"] = settings.lr_stage2 * (1 - share)
         k = torch.randint(len(state.latents), (settings.batch_size,), generator=state.generator)
-        loss = diffusion.edm_loss(
-            state.model, state.latents[k], settings.sigma_data, state.generator)
-
+        clean = state.latents[k]
+        loss = diffusion.edm_loss(state.model, clean, settings.sigma_data, state.generator)
         state.optimizer.zero_grad()
         loss.backward()
         state.optimizer.step()
@@ -265,43 +184,50 @@ def train_stage2(settings, state):
 
 
 def stage2_checkpoint(settings, state):
-    """What sampling needs of stage 2, as plain types.
-
-    TRAP: m and s of the normalization belong to the weights. Samples that are denormalized with
-    other numbers are fog.
-    """
+    """What sampling needs of stage 2. TRAP: m and s of the normalization belong to the weights:
+    samples that are denormalized with other numbers are fog."""
     return {"stage": 2, "step": state.step, "settings": vars(settings),
             "ema": state.average.state_dict(), "m": state.normalizer.m, "s": state.normalizer.s}
 
 
 def learn(settings, folder, device="cpu"):
-    """The whole method on built-in objects, without logs: FOLDER/stage1.pt and stage2.pt.
-
-    Then sample.load_run(folder) has what is needed to make objects that never existed.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Both stages on built-in objects: folder/stage1.pt and stage2.pt, for sample.load_run."""
+    os.makedirs(folder, exist_ok=True)
     dataset = data.load_synthetic(settings.size, settings.holdout, settings.seed,
                                   settings.n_objects, settings.n_views)
-
-    torch.manual_seed(settings.seed)                                  # the initial weights
+    torch.manual_seed(settings.seed)                                  # of the initial weights
     decoder = autodecoder.AutoDecoder.from_settings(settings, dataset.n_objects)
     state = start_stage1(settings, decoder, device)
     for loss, error in train_stage1(settings, dataset, state):
         print(f"stage 1 | {state.step}/{settings.steps_stage1} | loss {loss:.4f}")
-    save(folder / "stage1.pt", stage1_checkpoint(settings, dataset, state))
+    torch.save(stage1_checkpoint(settings, dataset, state), f"{folder}/stage1.pt")
 
-    latents = training_latents(decoder, dataset.n_objects, device)
+    # Photos and cameras have done their work. All that stage 2 learns from is F = G1(e).
+    trained = SimpleNamespace(autodecoder=decoder, names=dataset.names, device=device)
+    latents = sample.training_latents(trained)                        # (N, C, s, s, s)
     torch.manual_seed(settings.seed)
     denoiser = diffusion.Denoiser.from_settings(settings, decoder.latent_shape)
     state = start_stage2(settings, latents, denoiser, device)
     for loss in train_stage2(settings, state):
         print(f"stage 2 | {state.step}/{settings.steps_stage2} | loss {loss:.4f}")
-    save(folder / "stage2.pt", stage2_checkpoint(settings, state))
+    torch.save(stage2_checkpoint(settings, state), f"{folder}/stage2.pt")
 
 
 # ==== Second reading: subjects that move, text, resuming, logs, the command line ==================
-
+#
+# learn, above, is all that a paper would tell. What follows is what it takes to be used: by other
+# data, for hours, by somebody who makes mistakes. Each section stands for itself:
+#
+#     settings and presets      what can be turned, and what does not go together
+#     coarse to fine            full resolution on two CPU cores
+#     subjects that move        a loop of its own: cameras are learned together with the decoder
+#     text                      a loop of its own: the denoiser hears captions
+#     log, saving, resuming     what is left of a run, and how it goes on
+#     stage 1, stage 2          the loops with all of this around them; then the command line
+#
+# The loops of the first reading are used as they are. Where something must differ, either a
+# function is handed in (features, draw), or there is a second loop that can be read beside the
+# first: branches for every kind of data in one loop would hide the method from all of them.
 import csv  # noqa: E402
 import hashlib  # noqa: E402
 import json  # noqa: E402
@@ -309,6 +235,7 @@ import math  # noqa: E402
 import shutil  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import matplotlib  # noqa: E402
 
@@ -324,9 +251,10 @@ import matplotlib.pyplot as plt  # noqa: E402
 # asks that something that was built, trained or drawn is no longer the same.
 
 
-@dataclass
+@dataclasses.dataclass
 class AllSettings(Settings):
-    """What the second reading adds: other data, hash embeddings, VGG-19, text, subjects that move."""
+    """What the second reading adds: other data, hash embeddings, text, subjects that move."""
+    # Which objects there are, and what is seen of them.
     objects: str = option("", "data", "use these objects only, e.g. obj2,obj5")
     arc: float = option(0.0, "data", "built-in objects seen along an arc of +-ARC degrees, not "
                         "from all round; 0: all round")
@@ -335,17 +263,21 @@ class AllSettings(Settings):
     clip_filter: bool = option(False, "data", "the paper's: drop the first and last tenth of a "
                                "clip, frames under 25 % foreground, clips under 4 frames")
 
+    # PAPER: for 300,000 objects a full table of embeddings has 307 million numbers, and Adam keeps
+    # two more for each of them. Hashed into 256 codebooks of 32,768 rows it has 34 million.
     codebooks: int = option(0, "decoder", "hash embedding of so many pieces; 0: a full table")
     rows: int = option(256, "decoder", "entries per codebook, a power of two")
     hash_rule: str = option("spread", "decoder", "spread (ours) or paper (as printed)")
     perceptual: str = option("gradients", "stage 1", "what Eq. 1 compares: pixels, gradients, "
                              "random, or a path to " + autodecoder.VGG19_FILE)
 
+    # OURS, for slow machines: see "Coarse to fine". As they stand: whole pictures throughout.
     finer_at: tuple = option((), "stage 1", "shares of the run at which pictures double in side, "
                              "to end at --size, e.g. 0.3,0.6; empty: full size throughout")
     window: int = option(0, "stage 1", "of larger pictures render a random window of this side; "
                          "0: whole pictures")
 
+    # Only stage 2 knows of text: what a caption says is a matter of which latents are likely.
     text: bool = option(False, "text", "learn from the captions, to sample from a --prompt")
     t5: str = option("", "text", "folder of a T5 in transformers' layout; empty: a small text "
                      "encoder is learned")
@@ -353,6 +285,8 @@ class AllSettings(Settings):
     transformer_depth: int = option(1, "text", "self- and cross-attention layers after a block")
     guidance: float = option(3.0, "text", "how strongly a prompt is followed; 1: as learned")
 
+    # Learned cameras. First the two networks; then how a subject grows, as shares of the run, so
+    # that a run of other length grows alike; then weights of the losses that hold poses in place.
     parts: int = option(0, "moving", "rigid parts whose poses are learned; 0: cameras are known")
     keypoints: int = option(125, "moving", "learned 3D points of each part, a cube number")
     pose_width: int = option(32, "moving", "features of the pose network")
@@ -373,6 +307,9 @@ class AllSettings(Settings):
     equivariance_weight: float = option(0.3, "moving", "2D points under warps of the frame")
     usage_weight: float = option(1.0, "moving", "parts that claim less than half of 1/P")
 
+    # What is drawn and written. PAPER: 64 steps. AMBIGUOUS: how much churn (see edm_sampler).
+    sample_steps: int = option(64, "sampling", "steps of the sampler")
+    churn: float = option(40.0, "sampling", "S_churn, fresh noise; 0: deterministic")
     n_sheet: int = option(8, "sampling", "objects on the first sheet")
     log_every: int = option(50, "run", "steps between lines of the log")
     save_every: int = option(500, "run", "steps between checkpoints")
@@ -382,13 +319,21 @@ class AllSettings(Settings):
     body: tuple = option((), None, "half axes of the ellipsoid that a moving subject starts as")
 
 
-PRESETS["tiny"] |= dict(context_dim=64, finer_at=(0.3, 0.6), window=32)
-PRESETS["micro"] |= dict(context_dim=64, finer_at=(0.4,))
+# The toy presets keep the paper's method and ratios, not its numbers. Rates are higher, for there
+# are 250 times fewer steps. Weights of 1 for Eq. 1 and 2 are to Adam what weights of 10 are, as it
+# divides gradients by their usual size: only their ratio counts, and that is the paper's.
+PRESETS["micro"] |= dict(context_dim=64, sample_steps=32, finer_at=(0.4,))
+# Two CPU cores, ten minutes or so. As in the paper, a latent's side is an eighth of its volume's.
+PRESETS["tiny"] = PRESETS["micro"] | dict(
+    size=64, n_objects=128, n_views=24, channels=64, volume_side=32, n_samples=32, unet_channels=64,
+    finer_at=(0.3, 0.6), window=32, steps_stage1=2200, steps_stage2=2000)
 
-# Clips without cameras, two CPU cores, 40 minutes. First puppets, who turn.
+# Clips without cameras, two CPU cores, 40 minutes. First puppets, who turn. Eq. 1 and 2 weigh 10
+# again, for now other losses stand beside them. Group norm, as few clips make a step: batch norm's
+# means over so few subjects would jump from step to step.
 VIDEO_DECODER = dict(embed_dim=64, channels=64, volume_side=32, norm="group", n_samples=20)
 VIDEO_POSES = dict(parts=6, keypoints=27, pose_width=16, lr_pose=2e-3, lr_parts=0.5, clip=1.0)
-PRESETS["tiny-video"] = TOY_STAGE1 | TOY_STAGE2 | VIDEO_DECODER | VIDEO_POSES | dict(
+PRESETS["tiny-video"] = PRESETS["tiny"] | VIDEO_DECODER | VIDEO_POSES | dict(
     growth=(0.24, 0.29), detail=(0.24, 0.29, 0.55, 0.65), split_at=0.35, finer_at=(0.35, 0.8),
     window=16, n_objects=16, n_views=48, lr_stage1=2e-3, betas=(0.9, 0.99), context_dim=64,
     perceptual_weight=10.0, foreground_weight=10.0, steps_stage1=7000, steps_stage2=1000)
@@ -400,9 +345,11 @@ PRESETS["tiny-clips"] = PRESETS["tiny-video"] | dict(
 
 # One GPU; not measured yet.
 PRESETS["small"] = dict(
-    n_objects=1024, channels=256, decoder_depth=2, n_samples=64, lr_stage1=1e-3, finer_at=(0.2, 0.5),
-    unet_channels=96, unet_multipliers=(2, 3), steps_stage1=20_000, steps_stage2=40_000, n_sheet=16)
-# PAPER: Tab. 5, a column each. What is not here is as in Settings.
+    n_objects=1024, channels=256, decoder_depth=2, n_samples=64, lr_stage1=1e-3, n_sheet=16,
+    unet_channels=96, unet_multipliers=(2, 3), steps_stage1=20_000, steps_stage2=40_000,
+    finer_at=(0.2, 0.5))
+# PAPER: Tab. 5, a column each. What is not here is as in Settings. These want the paper's data
+# and GPUs: here they are to be read, and tests build all of them, on torch's "meta" device.
 LONG = dict(log_every=500, save_every=5000)
 TABLE_5_TEXT = dict(unet_channels=192, unet_depth=3, text=True, codebooks=256)
 PRESETS["paper-tables"] = LONG | dict(
@@ -420,10 +367,12 @@ PRESETS["paper-objaverse"] = LONG | TABLE_5_TEXT | dict(
 # A night's training must not end in the morning with "shapes do not match". So everything that can
 # be known from the command line alone is checked first, and what is wrong is told by its flag.
 
+# Zero means "without it" for these. For any other number it would be a division by zero, an empty
+# volume, or training that learns nothing and does not say so.
 MAY_BE_ZERO = {
     "holdout", "arc", "codebooks", "parts", "foreground_weight", "perceptual_weight", "lr_parts",
     "split_at", "settle_at", "reprojection_weight", "equivariance_weight", "usage_weight",
-    "window", "churn", "guidance", "seed"}                   # all other numbers must be positive
+    "window", "churn", "guidance", "seed"}
 CHOICES = {"norm": ("batch", "group"), "hash_rule": ("spread", "paper"),
            "normalization": ("robust", "meanstd", "none")}
 LENGTHS = {"betas": (2,), "growth": (2,), "reach": (0, 3)}   # of lists: how many numbers
@@ -440,6 +389,7 @@ def check_numbers(settings):
         value = getattr(settings, field.name)
         if field.type not in (int, float):
             continue
+        # TRAP: nan < 0 is False, as every comparison with nan is: it has to be asked for.
         if not math.isfinite(value) or value < 0:
             raise BadInput(f"{flag(field.name)} must be 0 or more and finite, got {value}")
         if value == 0 and field.name not in MAY_BE_ZERO:
@@ -448,6 +398,7 @@ def check_numbers(settings):
         value = getattr(settings, name)
         if len(value) not in lengths:
             raise BadInput(f"{flag(name)} takes {lengths[-1]} numbers, got {len(value)}")
+    # Adam's running means: m <- beta m + (1 - beta) g. With a beta of 1 nothing ever comes in.
     for beta in settings.betas:
         if not 0 <= beta < 1:
             raise BadInput(f"--betas must be at least 0 and below 1, got {beta}")
@@ -459,7 +410,7 @@ def check_numbers(settings):
 
 
 def check_pictures(settings):
-    """Pictures that cannot be halved as often as asked for, or that are too small to say anything."""
+    """Pictures that cannot be halved as often as asked for, or are too small to say anything."""
     halvings = len(settings.finer_at)
     if settings.size % 2 ** halvings:
         raise BadInput(f"--size {settings.size} cannot be halved {halvings} times (--finer-at)")
@@ -485,6 +436,7 @@ def check_models(settings):
     except (ValueError, RuntimeError, TypeError, AssertionError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"these settings do not fit together: {reason}") from None
+    # Attention at a side that no level has is not an error of shapes: it would just not be there.
     sides = decoder.sides[1:]
     if settings.decoder_attention and not set(settings.decoder_attention) & set(sides):
         asked = ",".join(map(str, settings.decoder_attention))
@@ -493,8 +445,8 @@ def check_models(settings):
     # What is left fades in level by level, from the latent's side to the volume's.
     levels = len(decoder.sides) - 1 - decoder.sides.index(settings.latent_side)
     if len(settings.detail) % 2 or len(settings.detail) > 2 * levels:
-        raise BadInput(f"--detail: {len(settings.detail)} numbers, but they are pairs of shares, at "
-                       f"most one for each doubling from {settings.latent_side}^3 to "
+        raise BadInput(f"--detail: {len(settings.detail)} numbers, but they are pairs of shares, "
+                       f"at most one for each doubling from {settings.latent_side}^3 to "
                        f"{settings.volume_side}^3")
 
 
@@ -511,7 +463,9 @@ def fields_of(*groups):
             if field.metadata["group"] in groups]
 
 
-STAGE1_GROUPS = ("data", "decoder", "stage 1", "moving", None)     # what stage1.pt is made with
+# What stage1.pt is made with. Stage 2 takes these from there: a decoder cannot be given another
+# shape afterwards, and other data would be objects that it has no embeddings for.
+STAGE1_GROUPS = ("data", "decoder", "stage 1", "moving", None)
 
 
 def idle_flags(args, settings, learned):
@@ -559,12 +513,14 @@ def refuse_idle_flags(args, settings, given, learned):
 #
 # On a GPU one would render whole pictures throughout, as the paper does. On two CPU cores most of a
 # step's time goes into samples on rays, so the toy presets begin with small pictures, and render
-# only a window of the large ones.
+# only a window of the large ones. A coarse step is not wasted: where an object stands, how large it
+# is and which colours it has, small pictures tell as well, at a fraction of the rays.
 
 
 def picture_size(settings, step):
     """Side of the pictures at a step. OURS: coarse first, so that the first steps cost little."""
     share = step / settings.steps_stage1
+    # Each doubling that is still to come halves the picture once: 16, 32, then 64 for two of them.
     still_to_come = [at for at in settings.finer_at if share < at]
     return settings.size // 2 ** len(still_to_come)
 
@@ -593,6 +549,7 @@ def random_windows(images, masks, intrinsics, side, generator):
 
 def draw_coarse_to_fine(settings, dataset, frames, state):
     """draw_photos, with pictures as large as the step wants them, or windows of them."""
+    # First smaller, then cut out: the window then has `window` pixels of the size that it is at.
     images, masks = dataset.batch(frames, picture_size(settings, state.step))
     intrinsics = dataset.intrinsics[frames]
     if 0 < settings.window < images.shape[-1]:
@@ -605,9 +562,18 @@ def draw_coarse_to_fine(settings, dataset, frames, state):
 #
 # The loop differs from train_stage1 in one line: where cameras come from. A pose network looks at
 # the frame, sees where each part's 3D points are, and PnP makes of it a camera for each part
-# (autodecoder.PoseNet); the loss of the pictures then teaches decoder and poses at once. The rest
-# of this section is what keeps that from going wrong: TRAP: a volume can explain any picture from
-# one side, so that poses need never be learned; and once they are, nothing holds them in place.
+# (autodecoder.PoseNet); the loss of the pictures then teaches decoder and poses at once.
+#
+# The rest of this section is what keeps that from going wrong. TRAP: shape and pose explain the
+# same pictures. A subject that is seen in one way only may as well be painted on a board, so poses
+# need never be learned; and once they are, nothing holds them in place: turn all of them and the
+# volume together, and every picture stays as it was. So
+#
+#     the first share of a run    an ellipsoid that cannot become a board is painted, coarsely; that
+#                                 the paint moves from frame to frame teaches poses to turn
+#     growth, detail              then learned density and fine levels come in, while poses rest
+#     split_at                    one part becomes many: arms come to move by themselves
+#     centre, distance            losses that keep all poses together from drifting
 
 
 def measure_body(dataset):
@@ -616,11 +582,12 @@ def measure_body(dataset):
     OURS: as wide as what is nearly always covered, without the limbs. A wider one would have to be
     painted black at its rims, and could then not turn.
     """
-    frames = torch.nonzero(~dataset.heldout)[:, 0]
-    _, masks = dataset.batch(frames, 32)
+    frames = torch.nonzero(~dataset.heldout)[:, 0]                                   # (frames,)
+    _, masks = dataset.batch(frames, 32)                                             # in [0, 1]
     covered = masks.mean((0, 1))                                                     # (32, 32)
+    # Where no pixel is covered in half of the frames, those that are covered most often count.
     solid = (covered > min(0.5, 0.9 * float(covered.max()))).float()
-    position = (torch.arange(32) + 0.5) / 16 - 1
+    position = (torch.arange(32) + 0.5) / 16 - 1                     # of pixels, -1 to 1
     half_axes = []
     for profile in (solid.sum(0) / solid.sum(), solid.sum(1) / solid.sum()):         # x, y
         mean = (profile * position).sum()
@@ -628,7 +595,7 @@ def measure_body(dataset):
         # A filled ellipse of half axis a has variance a^2 / 4 along it.
         half_axes.append(float((2 * variance.sqrt()).clamp(0.2, 0.95)))
     x, y = half_axes
-    return x, y, min(x, y)
+    return x, y, min(x, y)                    # no frame tells the depth: the smaller of the two
 
 
 def fit_to_data(settings, cameras, dataset, source):
@@ -640,9 +607,10 @@ def fit_to_data(settings, cameras, dataset, source):
         raise BadInput(f"--cameras known: {source} has none; leave it out, or say learned")
     if cameras != "learned" and not dataset.moving:
         return dataclasses.replace(settings, parts=0)
+    # The pose network halves its frames four times (autodecoder.KeypointNet).
     if settings.size % 16 or settings.size < 32:
         raise BadInput(f"--size {settings.size}: where cameras are learned it must be 32, 48, ...")
-    parts = 1
+    parts = 1                                 # of a rigid object, cameras unknown or not
     if dataset.moving:
         parts = max(1, settings.parts)
     focal = float(dataset.intrinsics[:, 0].median())
@@ -659,13 +627,14 @@ def start_moving(settings, decoder, posenet, device="cpu"):
     """As start_stage1, with the pose network and a second learning rate for it."""
     state = start_stage1(settings, decoder, device)
     state.posenet = posenet.to(device)
+    # One optimizer, two groups: each has its own rate (set_moving_rates) and its own clipping.
     groups = [{"params": decoder.parameters()}, {"params": posenet.parameters()}]
     state.optimizer = torch.optim.Adam(groups, settings.lr_stage1, betas=settings.betas, fused=True)
     return state
 
 
 def ramp(share, begin, end):
-    """0 until begin, then up to 1 at end."""
+    """0 until begin, 1 from end on, and in between a straight line."""
     return min(1.0, max(0.0, (share - begin) / max(1e-9, end - begin)))
 
 
@@ -693,22 +662,32 @@ def follow_schedule(settings, state):
     """
     share = state.step / settings.steps_stage1
     begin, end = settings.growth
-    state.autodecoder.growth.fill_(ramp(share, begin, end))
+    state.autodecoder.growth.fill_(ramp(share, begin, end))            # of the learned density
+    # settings.detail has a pair of shares for each of the last levels; earlier ones are always in.
     last_levels = len(settings.detail) // 2
     for i in range(last_levels):
         level_begin, level_end = settings.detail[2 * i], settings.detail[2 * i + 1]
         state.autodecoder.detail[i - last_levels] = ramp(share, level_begin, level_end)
     set_moving_rates(settings, state, share)
-    # PAPER (the predecessor): one part first, then its weights are copied to all parts.
+    # PAPER (the predecessor): one part first, then its weights are copied to all parts. Many parts
+    # from the start could bend a body so that it looks turned, and turning would not be learned.
     if share >= settings.split_at and int(state.posenet.active) < settings.parts:
         state.posenet.split()
 
 
 def learned_cameras(settings, state, dataset, frames):
-    """What the pose network sees in frames (B, V): cameras (B, V, P, 4, 4), and its own losses."""
-    size = min(64, dataset.images.shape[1])
+    """What the pose network sees in frames (B, V): cameras (B, V, P, 4, 4), and its own losses,
+    weighted and added up.
+
+    It looks at whole frames, always of the same size, however small the pictures are that the step
+    renders, or the windows of them: where an arm is cannot be told from a piece of it.
+    """
+    size = min(64, dataset.images.shape[1])                                      # PAPER: 64
     pictures, _ = dataset.batch(frames.flatten(), size)                          # (B V, 3, 64, 64)
     pictures = pictures.to(state.device)
+    # 2D points count by how far they are from their mean, which is that of the step's few frames.
+    # Late in the run it is the running mean, as when sampling, so that poses no longer hang on
+    # which frames happen to be in a step together.
     settled = state.step > settings.settle_at * settings.steps_stage1
     try:
         cameras, points2d, losses = state.posenet(pictures, settled=settled)
@@ -718,7 +697,8 @@ def learned_cameras(settings, state, dataset, frames):
     views = frames.shape[1]
     equivariance = autodecoder.equivariance_loss(
         state.posenet.points2d, pictures[::views], points2d[::views], state.generator)
-    # OURS: centre and distance keep the poses of all frames together from drifting (a gauge).
+    # OURS: centre and distance keep the poses of all frames together from drifting (a gauge): weak
+    # springs, for a drift costs the pictures nothing and so meets no other resistance.
     loss = (settings.reprojection_weight * losses["reprojection"]
             + 1.0 * losses["centre"] + 0.5 * losses["distance"]
             + settings.equivariance_weight * equivariance)
@@ -727,7 +707,12 @@ def learned_cameras(settings, state, dataset, frames):
 
 def train_moving(settings, dataset, state, features=autodecoder.pixels_and_gradients,
                  draw=draw_photos):
-    """train_stage1 for what moves: cameras are not given, but learned together with the decoder."""
+    """train_stage1 for what moves: cameras are not given, but learned together with the decoder.
+
+    A volume has P more channels: how much each voxel follows each part (skinning). The gradient of
+    the pictures reaches poses through render_moving: a pose is better if the volume, seen from
+    there, is more like the frame.
+    """
     while state.step < settings.steps_stage1:
         follow_schedule(settings, state)
         k = next_objects(settings, dataset, state)                                    # (B,)
@@ -740,11 +725,14 @@ def train_moving(settings, dataset, state, features=autodecoder.pixels_and_gradi
                                               settings.n_samples, state.generator)
         loss = pose_loss + stage1_loss(settings, features, rgb, occupancy, images, masks)
         if cameras.shape[2] > 1:
+            # OURS: a part that nothing follows gets next to no gradient, and would stay idle.
             loss = loss + settings.usage_weight * autodecoder.usage_loss(volume)
 
         state.optimizer.zero_grad()
         loss.backward()
-        for group in state.optimizer.param_groups:        # each network by itself
+        # PnP's gradient can be large where points nearly coincide. Each network is clipped by
+        # itself: one bad pose then costs the decoder nothing.
+        for group in state.optimizer.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], settings.clip)
         state.optimizer.step()
         state.step += 1
@@ -752,7 +740,11 @@ def train_moving(settings, dataset, state, features=autodecoder.pixels_and_gradi
 
 
 def score_mean_frame(dataset):
-    """PSNR of held-out frames, dB, where each clip's mean training frame is the prediction."""
+    """PSNR of held-out frames, dB, where each clip's mean training frame is the prediction.
+
+    What anything that is learned must beat: of a subject that hardly moves it is high, and a PSNR
+    alone does not tell whether poses were found.
+    """
     size = dataset.images.shape[1]
     psnr = []
     for k in range(dataset.n_objects):
@@ -772,7 +764,11 @@ TEXT_DROPOUT = 0.1            # OURS: share of captions left out in training; th
 
 
 def vocabulary_of(captions):
-    """All words of the captions, in order: what the small text encoder knows."""
+    """All words of the captions, in order: what the small text encoder knows.
+
+    In order, as the number of a word is its row in the encoder's table: a set has another order in
+    every process, and a checkpoint's rows would then belong to other words.
+    """
     found = set()
     for caption in captions:
         found.update(diffusion.words(caption))
@@ -785,11 +781,13 @@ def vocabulary_of(captions):
 def t5_tokens(settings, captions, folder, device):
     """PAPER: T5 is frozen, so it runs once over all captions; its tokens are kept in text.pt.
 
+    T5-11B is far larger than all else here: a step of training could not wait for it.
     returns an encoder of those captions and the empty one, as WordEncoder, and its tokens' width
     """
     path = folder / "text.pt"
     prompts = sorted({"", *captions})
     kept = None
+    # What an earlier run left is good if it is of the same T5 and the same captions.
     if path.exists():
         kept = sample.load_weights("--t5", path, "what --t5 left there: delete it")
     if kept is None or (kept["t5"], kept["prompts"]) != (settings.t5, prompts):
@@ -824,10 +822,12 @@ def caption_tokens(state, k):
 def train_text(settings, state):
     """train_stage2 where the denoiser also hears what each object's caption says."""
     while state.step < settings.steps_stage2:
-        set_learning_rate(state.optimizer, settings.lr_stage2, state.step / settings.steps_stage2)
+        share = state.step / settings.steps_stage2
+        state.optimizer.param_groups[0]["lr"] = settings.lr_stage2 * (1 - share)
         k = torch.randint(len(state.latents), (settings.batch_size,), generator=state.generator)
-        tokens, mask = caption_tokens(state, k)
+        tokens, mask = caption_tokens(state, k)               # (B, 32, width), (B, 32)
 
+        # edm_loss knows nothing of text: it gets a denoiser that has been told already.
         def denoise(x, sigma):
             return state.model(x, sigma, tokens, mask)
 
@@ -843,23 +843,27 @@ def train_text(settings, state):
 # ---- Log and metrics -----------------------------------------------------------------------------
 #
 # log.csv holds the course of a run, a row now and then; metrics.json its results, flat numbers and
-# all settings, so that any two runs can be compared (tests/evaluate.py --compare).
+# all settings, so that any two runs can be compared (tests/evaluate.py --compare). Look at the PSNR
+# of stage 1, not at its loss: the loss changes its meaning when pictures grow. The loss of stage 2
+# says even less: most of it is noise that nobody could predict, so it soon stands still, while
+# samples go on getting better.
 
 LOG_COLUMNS = ["stage", "step", "loss", "psnr", "ms_per_step"]
 
 
 def diverged(what, step):
-    """What is said where numbers are no longer finite: most often, the learning rate is too high."""
+    """What is said where numbers are no longer finite: mostly, the learning rate is too high."""
     return f"{what} at step {step}; the last good checkpoint is kept; try a lower learning rate"
 
 
 def earlier_rows(path, stage, step):
     """Rows of log.csv up to `step` of `stage`; later ones, of a run that is redone, are dropped."""
     if not path.exists() or (stage == 1 and step == 0):
-        return []
+        return []                                            # a new run: the file begins anew
     rows = []
     with open(path, newline="") as file:
         for row in list(csv.reader(file))[1:]:
+            # A row that was cut off, as by a full disk, has fewer columns.
             if len(row) == len(LOG_COLUMNS) and (int(row[0]), int(row[1])) <= (stage, step):
                 rows.append(row)
     return rows
@@ -887,6 +891,7 @@ class Log:
 
     def add(self, step, loss, error=None):
         """Takes a step's loss and, of stage 1, the mean squared error of its colours."""
+        # Once a weight is NaN, so are all numbers after it: to go on would only waste the night.
         if not math.isfinite(loss):
             raise BadInput(diverged(f"stage {self.stage}: the loss is {loss}", step))
         self.losses.append(loss)
@@ -902,14 +907,15 @@ class Log:
         loss = sum(self.losses) / len(self.losses)
         psnr_cell, psnr_text = "", ""
         if self.errors:
+            # Of the mean error, and at most 100 dB: a perfect picture has no finite PSNR.
             psnr = -10 * math.log10(max(1e-10, sum(self.errors) / len(self.errors)))
             psnr_cell, psnr_text = f"{psnr:.3f}", f"psnr {psnr:.1f} dB | "
         self.writer.writerow([self.stage, step, f"{loss:.6g}", psnr_cell, f"{ms:.1f}"])
-        self.file.flush()
+        self.file.flush()                                    # so that it can be watched
         # The rate of the last steps times those to come: too low while pictures are still to grow.
         minutes, seconds = divmod(int(ms / 1000 * (self.steps - step)), 60)
-        print(f"stage {self.stage} | {step}/{self.steps} | loss {loss:.4f} | {psnr_text}"
-              f"{ms:.0f} ms/step | eta {minutes}m{seconds:02d}s", flush=True)
+        head = f"stage {self.stage} | {step}/{self.steps} | loss {loss:.4f} | "
+        print(f"{head}{psnr_text}{ms:.0f} ms/step | eta {minutes}m{seconds:02d}s", flush=True)
 
 
 def plot_log(folder):
@@ -938,13 +944,14 @@ def peak_memory_gib():
         import resource                                      # not on Windows
     except ImportError:
         return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss        # TRAP: its unit differs
     in_bytes = peak if sys.platform == "darwin" else 1024 * peak
     return round(in_bytes / 2**30, 2)
 
 
 def read_metrics(folder):
-    """What FOLDER/metrics.json holds; nothing where there is none, or a damaged one."""
+    """What FOLDER/metrics.json holds; nothing where there is none, or a damaged one: it can be
+    measured again, unlike weights, so training does not stop for its sake."""
     try:
         return json.loads((Path(folder) / "metrics.json").read_text())
     except (OSError, ValueError):
@@ -975,6 +982,10 @@ def add_metrics(folder, settings, drop=(), **values):
 # A run that is stopped and goes on with --resume gives the same bits, on one CPU, as one that never
 # stopped: weights, optimizer, random numbers, the step and the objects whose turn is still to come
 # are all in the checkpoint. Steps after the last checkpoint are done again.
+#
+# Any of these left out would not be noticed: training goes on, only a little worse. Without Adam's
+# means the first steps are as large as those of a new run; without the state of the generators the
+# same objects and noises come twice. A test compares the bits.
 
 
 def fingerprint(model):
@@ -984,6 +995,7 @@ def fingerprint(model):
     decoder of the other make fog, and nothing crashes.
     """
     digest = hashlib.sha256()
+    # Sorted, names included: the same weights have the same hash, and swapped ones another.
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
@@ -1000,7 +1012,11 @@ def refuse_divergence(stage, step, *models):
 
 
 def for_resuming(state):
-    """What going on needs besides: Adam's means, and where randomness comes from."""
+    """What going on needs besides: Adam's means, and where randomness comes from.
+
+    The loops draw from the state's own generator; what draws without one (weights of new modules,
+    the noise of PoseNet.split) uses torch's, which is "global".
+    """
     random = {"generator": state.generator.get_state(), "global": torch.get_rng_state()}
     return {"optimizer": state.optimizer.state_dict(), "random": random, "seconds": state.seconds}
 
@@ -1012,16 +1028,32 @@ def restore_randomness(state, saved):
 
 
 def same_settings(ours, theirs, groups, path):
-    """Resuming needs the settings that the checkpoint was made with; says which one differs."""
+    """Resuming needs the settings that the checkpoint was made with; says which one differs.
+
+    A checkpoint from before a setting existed was made with what is its default now.
+    """
+    # How long, and how often it is written down, may change: "--resume --steps 4000" goes on.
     free = {"steps_stage1", "steps_stage2", "log_every", "save_every"}
     for name in fields_of(*groups) + ["seed"]:
         a = getattr(ours, name)
         b = theirs.get(name, getattr(AllSettings, name))
-        if isinstance(b, list):
+        if isinstance(b, list):                              # as other programs write tuples
             b = tuple(b)
         if name not in free and a != b:
             raise BadInput(f"{flag(name)} is {a} here but {b} in {path}; give the same flags to go "
                            "on, or another --out to start anew")
+
+
+def save(path, checkpoint):
+    """Writes a checkpoint under a temporary name, then renames it: never a half-written file.
+
+    To rename is one step for the file system. A program that is killed, or a disk that is full,
+    while torch.save is still writing leaves the last checkpoint as it was.
+    checkpoint: a dict of tensors and plain types, so that torch's safe loader can read it
+    """
+    temporary = path.with_suffix(".tmp")
+    torch.save(checkpoint, temporary)
+    os.replace(temporary, path)
 
 
 def is_due(settings, step, steps):
@@ -1030,7 +1062,8 @@ def is_due(settings, step, steps):
 
 
 def set_aside(path):
-    """An older checkpoint is kept as stage1.old or stage2.old when training starts anew."""
+    """An older checkpoint is kept as stage1.old or stage2.old when training starts anew: somebody
+    may have forgotten --resume."""
     if path.exists():
         os.replace(path, path.with_suffix(".old"))
 
@@ -1042,7 +1075,10 @@ def set_aside(path):
 
 
 def new_stage1(settings, dataset, device):
-    """The state before the first step: known cameras, or a pose network that learns them."""
+    """The state before the first step: known cameras, or a pose network that learns them.
+
+    The decoder is made first, whatever comes after: so one seed gives it the same weights always.
+    """
     torch.manual_seed(settings.seed)                              # initial weights
     decoder = autodecoder.build_decoder(settings, dataset.n_objects)
     if settings.parts:
@@ -1058,6 +1094,7 @@ def new_stage1(settings, dataset, device):
 def resume_stage1(settings, state, dataset, path, old, source):
     """Puts a checkpoint's weights, optimizer and random numbers into a new state."""
     same_settings(settings, old["settings"], STAGE1_GROUPS, path)
+    # Row k of the embeddings is object k: other objects would wear the embeddings of these.
     if old["names"] != dataset.names:
         raise BadInput(f"{path} was trained on other objects than --data {source}")
     sample.restore(lambda: state.autodecoder, old["model"], path)
@@ -1070,18 +1107,36 @@ def resume_stage1(settings, state, dataset, path, old, source):
     state.order = old["order"]
 
 
+def turntable_view(dataset):
+    """Where samples are looked at from: distance and elevation of a typical training camera.
+
+    From elsewhere one would see what no photo has shown: the sole of a shoe, the top of a shelf.
+    Medians, as one camera far away says nothing of the others.
+    """
+    position = dataset.cam2world[:, :3, 3]
+    distance = position.norm(dim=1)
+    elevation = torch.asin(position[:, 1] / distance).median()
+    # At least 1.8: the corners of the cube are sqrt(3) = 1.73 from its middle. And a little from
+    # above, 6 to 34 degrees.
+    return {"distance": max(1.8, float(distance.median())),
+            "elevation": float(elevation.clamp(0.1, 0.6))}
+
+
 def save_stage1(settings, state, dataset, folder, source):
     """stage1.pt: what the first reading saves, and what text, moving subjects and checks need."""
     refuse_divergence(1, state.step, state.autodecoder)
-    checkpoint = stage1_checkpoint(settings, dataset, state) | for_resuming(state) | {
-        "order": state.order, "source": source, "captions": dataset.captions,
-        "fingerprint": fingerprint(state.autodecoder), "posenet": None, "poses": None}
+    checkpoint = stage1_checkpoint(settings, dataset, state)
+    checkpoint |= for_resuming(state)
+    checkpoint |= {"order": state.order, "fingerprint": fingerprint(state.autodecoder)}
+    # The data may be gone when stage 2 learns from captions, and when samples are drawn.
+    checkpoint |= {"source": source, "captions": dataset.captions, "view": turntable_view(dataset)}
+    checkpoint |= {"posenet": None, "poses": None}
     if dataset.moving or state.posenet is not None:
         checkpoint["view"] = {"distance": 12.0, "elevation": 0.0}    # from ahead, as the clips are
     if state.posenet is not None:
         refuse_divergence(1, state.step, state.posenet)
         checkpoint["posenet"] = state.posenet.state_dict()
-        # One clip's poses, to show others in.
+        # One clip's poses, to show others in: a subject that was sampled has none of its own.
         with torch.no_grad(), sample.evaluating(state):
             frames = dataset.frames_of(0, heldout=False)
             checkpoint["poses"] = sample.cameras_of(state, dataset, frames).cpu()
@@ -1093,6 +1148,7 @@ def run_stage1(settings, dataset, folder, device, source, resume=False):
 
     dataset data.Dataset, folder a Path, source what --data said
     """
+    # All that may be refused comes first: files are touched only when training can begin.
     features = autodecoder.build_features(settings.perceptual, device)
     path = folder / "stage1.pt"
     state = new_stage1(settings, dataset, device)
@@ -1100,17 +1156,19 @@ def run_stage1(settings, dataset, folder, device, source, resume=False):
     if old is not None:
         resume_stage1(settings, state, dataset, path, old, source)
     else:
-        (folder / "metrics.json").unlink(missing_ok=True)
+        (folder / "metrics.json").unlink(missing_ok=True)    # scores of another stage 1
         set_aside(path)
     train = train_moving if state.posenet is not None else train_stage1
     began = time.time() - state.seconds
-    if state.step < settings.steps_stage1:                 # else the log has rows of stage 2 to keep
+    if state.step < settings.steps_stage1:               # else the log has rows of stage 2 to keep
         log = Log(folder, 1, state.step, settings.steps_stage1, settings.log_every)
     for loss, error in train(settings, dataset, state, features, draw_coarse_to_fine):
         state.seconds = time.time() - began
         log.add(state.step, loss, error)
         if is_due(settings, state.step, settings.steps_stage1):
             save_stage1(settings, state, dataset, folder, source)
+            # What goes wrong is seen here long before any number tells: empty pictures, objects
+            # that are mirrored or upside down, fog around them.
             sample.save_training_sheet(folder / "training.png", state, dataset)
             plot_log(folder)
     finish_stage1(settings, state, dataset, folder)
@@ -1121,6 +1179,7 @@ def finish_stage1(settings, state, dataset, folder):
     # Scores of samples belong to an older stage 1: they go.
     add_metrics(folder, settings, OF_SAMPLES, seconds_stage1=round(state.seconds, 1),
                 steps_stage1=state.step, peak_memory_gib_stage1=peak_memory_gib())
+    # Read back from the file: were something missing in there, it would be known now.
     trained = sample.open_run(folder, state.device, stages=(1,))
     sample.save_orbit(folder / "orbit.png", trained)
     scores = sample.score_heldout(state, dataset)
@@ -1138,12 +1197,13 @@ def finish_stage1(settings, state, dataset, folder):
 
 # ---- Stage 2, from the first step or from a checkpoint -------------------------------------------
 #
-# The same around the loop of stage 2. Its data are not photos but stage1.pt: stage 2 can be trained
-# in many ways on one stage 1 (--decoder), which takes the longer of the two.
+# The same around the loop of stage 2. Its data are not photos but stage1.pt: so stage 2 can be
+# trained in many ways on one stage 1 (--decoder), and what differs is then due to stage 2 alone.
 
 
 def settings_of_stage2(settings, first, given=()):
     """Those of the data, the decoder and stage 1 are stage1.pt's; the rest are as asked for."""
+    # Not asked for is not refused: a preset also names numbers of stage 1, and they give way.
     theirs = {}
     for name in fields_of(*STAGE1_GROUPS):
         theirs[name] = first["settings"].get(name, getattr(AllSettings, name))
@@ -1159,7 +1219,10 @@ def settings_of_stage2(settings, first, given=()):
 
 
 def new_stage2(settings, latents, first, folder, device):
-    """The state before the first step, with or without text."""
+    """The state before the first step, with or without text -> settings, state.
+
+    With T5 the settings are others: its tokens have a width of their own (context_dim).
+    """
     captions = [caption or "" for caption in first["captions"]]
     vocabulary, encode = [], None
     if settings.text:
@@ -1171,6 +1234,7 @@ def new_stage2(settings, latents, first, folder, device):
     torch.manual_seed(settings.seed)
     denoiser = diffusion.build_denoiser(settings, tuple(latents.shape[1:]), vocabulary)
     state = start_stage2(settings, latents, denoiser, device)
+    # Our own encoder is part of the denoiser, and learns with it. T5 is frozen and stands outside.
     if settings.text:
         state.encode = encode or denoiser.text
         state.captions = captions
@@ -1183,6 +1247,7 @@ def new_stage2(settings, latents, first, folder, device):
 def resume_stage2(settings, state, path, old):
     """Puts a checkpoint's weights, optimizer and random numbers into a new state."""
     same_settings(settings, old["settings"], ("stage 2", "text"), path)
+    # TRAP: m and s would be measured anew, on other latents, under weights that know the old ones.
     if old["decoder"] != state.decoder:
         raise BadInput(f"{path} was trained on another stage 1; run without --resume")
     sample.restore(lambda: state.model, old["model"], path)
@@ -1194,11 +1259,16 @@ def resume_stage2(settings, state, path, old):
 
 
 def save_stage2(settings, state, folder):
-    """stage2.pt: what the first reading saves, and what text and checks need."""
+    """stage2.pt: what the first reading saves, and what text and checks need.
+
+    Two sets of weights: "ema", the average, samples; "model" is what training goes on with.
+    """
     refuse_divergence(2, state.step, state.model)
-    save(folder / "stage2.pt", stage2_checkpoint(settings, state) | for_resuming(state) | {
-        "model": state.model.state_dict(), "decoder": state.decoder,
-        "vocabulary": state.vocabulary})
+    checkpoint = stage2_checkpoint(settings, state)
+    checkpoint |= for_resuming(state)
+    checkpoint |= {"model": state.model.state_dict(), "decoder": state.decoder,
+                   "vocabulary": state.vocabulary}
+    save(folder / "stage2.pt", checkpoint)
 
 
 def run_stage2(settings, folder, device, resume=False, latents=None, given=()):
@@ -1211,7 +1281,7 @@ def run_stage2(settings, folder, device, resume=False, latents=None, given=()):
     settings = settings_of_stage2(settings, first, given)
     if latents is None:
         trained = sample.open_run(folder, device, stages=(1,))
-        latents = training_latents(trained.autodecoder, len(trained.names), device)
+        latents = sample.training_latents(trained)
     sample.save_latent_histogram(folder / "latents.png", latents)
     settings, state = new_stage2(settings, latents, first, folder, device)
     path = folder / "stage2.pt"
@@ -1220,9 +1290,10 @@ def run_stage2(settings, folder, device, resume=False, latents=None, given=()):
         resume_stage2(settings, state, path, old)
     else:
         set_aside(path)
-    print(f"stage 2 | latents {tuple(latents.shape)} | median {state.normalizer.m.mean():.3f}, "
-          f"0.7413 IQR {state.normalizer.s.mean():.3f}, normalized spread "
-          f"{state.latents.std():.3f}")
+    m, s = state.normalizer.m.mean(), state.normalizer.s.mean()
+    # A spread far above 1 says that a few latents are extreme (normalize.py).
+    print(f"stage 2 | latents {tuple(latents.shape)} | median {m:.3f}, 0.7413 IQR {s:.3f}, "
+          f"normalized spread {state.latents.std():.3f}")
     train = train_text if settings.text else train_stage2
     log = Log(folder, 2, state.step, settings.steps_stage2, settings.log_every)
     began = time.time() - state.seconds
@@ -1242,10 +1313,11 @@ def take_decoder(args):
     path = args.out / "stage1.pt"
     if path.exists():
         if sample.load_checkpoint(args.out, 1)["fingerprint"] == theirs:
-            return
+            return                                        # it was copied before
         if args.resume:
             raise BadInput(f"{path} is another than that of --decoder {args.decoder}; run without "
                            "--resume, or with another --out")
+    # Copied under another name first, as in save; only then does the older one go.
     args.out.mkdir(parents=True, exist_ok=True)
     shutil.copy(Path(args.decoder) / "stage1.pt", path.with_suffix(".tmp"))
     if path.exists():
@@ -1257,6 +1329,10 @@ def take_decoder(args):
 # ---- Command line --------------------------------------------------------------------------------
 #
 # A preset gives all settings, flags change some of them, the data decide a few (fit_to_data).
+# Wrong input is one line that names the flag, and exit status 2 (data.run_cli).
+#
+# TRAP: torch can multiply matrices faster on a GPU, at "high" precision. Nowhere is it asked for:
+# it keeps 10 bits of each number, and cameras and points on rays are multiplied by matrices, too.
 
 # On the first sheet, samples stand over their nearest training objects where these are so few that
 # all can be decoded and compared in seconds.
@@ -1281,6 +1357,7 @@ def number_list(text):
     numbers = []
     for word in text.split(","):
         if word.strip():
+            # Whole where it is written so: sides and widths are counted, shares are not.
             numbers.append(float(word) if "." in word or "e" in word else int(word))
     return tuple(numbers)
 
@@ -1361,10 +1438,12 @@ def parse(arguments=None):
     values = dict(PRESETS[args.preset])
     args.given = set()
     for field in dataclasses.fields(AllSettings):
+        # None: the flag was not given. (False was: it is what --no-... says.)
         value = getattr(args, field.name, None)
         if value is not None:
             values[field.name] = value
             args.given.add(field.name)
+    # What would change nothing is refused before the settings are checked as a whole.
     clips = args.data == "puppets" or (args.data != "synthetic" and data.is_moving(args.data))
     learned = clips or args.cameras == "learned"
     refuse_idle_flags(args, AllSettings(**values), args.given, learned)
@@ -1394,9 +1473,9 @@ def main(arguments=None):
         n_objects = dataset.n_objects
         seconds = time.time() - began
         heldout = int(dataset.heldout.sum())
-        print(f"data    | {dataset.layout}: {n_objects} objects, {len(dataset.heldout) - heldout} "
-              f"training and {heldout} held-out views, {settings.size}x{settings.size}, "
-              f"{seconds:.0f} s")
+        training = len(dataset.heldout) - heldout
+        print(f"data    | {dataset.layout}: {n_objects} objects, {training} training and {heldout} "
+              f"held-out views, {settings.size}x{settings.size}, {seconds:.0f} s")
         args.out.mkdir(parents=True, exist_ok=True)
         settings = fit_to_data(settings, args.cameras, dataset, args.data)
         run_stage1(settings, dataset, args.out, device, args.data, args.resume)
@@ -1404,6 +1483,7 @@ def main(arguments=None):
         paths += [args.out / name for name in ("training.png", "orbit.png", "loss.png")]
     both = args.stage is None and n_objects > 1               # one object has no distribution
     if both or args.stage == 2:
+        # Where both stages run, flags of stage 1 have gone into it just now.
         given = args.given if args.stage == 2 else ()
         run_stage2(settings, args.out, device, args.resume, given=given)
         paths += [args.out / "latents.png", args.out / "loss.png"]

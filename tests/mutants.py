@@ -5,9 +5,9 @@
     python tests/mutants.py --list          which there are
 
 A mutant is (file, right, wrong): `right` stands exactly once in the file, and is replaced by
-`wrong` in a copy of the project, where the tests of that module then run. A mutant survives if
-they all pass: then something is untested. The right answer to a survivor is a test, not to take
-the mutant out.
+`wrong` in a copy of the project, where the tests of that module then run, quick ones first, up to
+the first that fails. A mutant survives if they all pass: then something is untested. The right
+answer to a survivor is a test, not to take the mutant out.
 """
 import argparse
 import os
@@ -22,9 +22,229 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = ["render", "data", "autodecoder", "normalize", "diffusion", "sample", "train"]
 # Tests of a module; those of sample.py's numbers are partly in the file that uses them most.
 TESTS = {name: [f"tests/test_{name}.py"] for name in FILES}
-SECONDS = 900                                # a mutant that hangs counts as caught after that long
+SECONDS = 1800                               # a mutant that hangs counts as caught after that long
 
-MUTANTS = []
+# Wrong lines that a tired programmer could have written: all of them run, and all matter.
+MUTANTS = [
+    # ---- render.py: one ray, cameras, voxels, what moves
+    ("render", "F.pad(tau_through[..., :-1], (1, 0))", "tau_through"),
+    ("render", "stopped = -torch.expm1(-tau)", "stopped = 1 - torch.exp(-tau)"),
+    ("render", "weights = T * stopped", "weights = stopped"),
+    ("render", "v, u = torch.meshgrid", "u, v = torch.meshgrid"),
+    ("render", "y = -(v - cy) / fy", "y = (v - cy) / fy"),
+    ("render", "centres = (pixels + 0.5) / size", "centres = pixels / size"),
+    ("render", "near = enters.amax(-1)", "near = enters.amin(-1)"),
+    ("render", "F.grid_sample(volume, grid, align_corners=False)",
+     "F.grid_sample(volume, grid, align_corners=True)"),
+    ("render", "for axis in (4, 3, 2):", "for axis in (2, 3, 4):"),
+    ("render", "normal = F.normalize(-inwards, dim=-1)", "normal = F.normalize(inwards, dim=-1)"),
+    ("render", 'padding_mode="border"', 'padding_mode="zeros"'),
+    ("render", "turned = vectors @ rotation ", "turned = vectors @ rotation.mT "),
+    ("render", "box_interval(o.detach(), d.detach())", "box_interval(o, d)"),
+    ("render", "cam2world @ torch.linalg.inv(front) @ turned",
+     "cam2world @ turned @ torch.linalg.inv(front)"),
+
+    # ---- data.py: made-up objects, photos into the cube, clips
+    ("data", "pose = np.linalg.inv(world2cam) @ FLIP", "pose = world2cam @ FLIP"),
+    ("data", "down, right, back, position, (height, width, f) = columns",
+     "right, down, back, position, (height, width, f) = columns"),
+    ("data", "intrinsics[:, 2:] -= corners.numpy()", "intrinsics[:, 2:] += corners.numpy()"),
+    ("data", "window[:, :3] *= window[:, 3:] / 255", "window[:, 3:] *= 1"),
+    ("data", "poses[:, :3] = turn @ poses[:, :3]", "poses[:, :3] = turn.T @ poses[:, :3]"),
+    ("data", "azimuth = torch.from_numpy(np.radians(degrees)) ",
+     "azimuth = torch.from_numpy(np.radians(-degrees)) "),
+    ("data", "poses = moves[:, p].inverse() @ cam2world", "poses = moves[:, p] @ cam2world"),
+    ("data", "still, raise_left)", "still, -raise_left)"),
+    # ... and load, find, load_for
+    ("data", "return number % holdout == 0", "return number % holdout == 1"),
+    ("data", "heldout.append(last_of(n_views, holdout))",
+     "heldout.append(every_nth(n_views, holdout))"),
+    ("data", ">= n_views - n_heldout", "> n_views - n_heldout"),
+    ("data", "synthetic_object(one.origin, seed, n_views, size, arc)",
+     "synthetic_object(one.origin, 0, n_views, size, arc)"),
+    ("data", "puppet_object(one.origin, seed, n_views, size, shared_colours)",
+     "puppet_object(one.origin, seed, n_views, size)"),
+    ("data", "return clip_object(one.origin, size, clip_filter, skipped)",
+     "return clip_object(one.origin, size, False, skipped)"),
+    ("data", "return photo_object(one.read, one.origin, size, skipped)",
+     "return photo_object(one.read, one.origin, 64, skipped)"),
+    ("data", "settings.objects, settings.arc, settings.shared_colours",
+     "settings.objects, 0.0, settings.shared_colours"),
+    ("data", "load(source, settings.size, settings.holdout, settings.seed,",
+     "load(source, settings.size, settings.seed, settings.holdout,"),
+    ("data", "for number in sorted(photos)]", "for number in photos]"),
+    ("data", "name = folder.relative_to(root).as_posix()", "name = folder.stem"),
+    ("data", "find_photos(folder, folder) or find_clips(folder)",
+     "find_clips(folder) or find_photos(folder, folder)"),
+    ("data", "for name, capture in zip(names, captures):",
+     "for name, capture in zip([one.name for one in chosen], captures):"),
+    ("data", "captures.append(build(one))\n            names.append(one.name)",
+     "names.append(one.name)\n            captures.append(build(one))"),
+    ("data", "moving = chosen[0].layout in MOVING", "moving = chosen[0].layout == PUPPETS"),
+
+    # ---- autodecoder.py: decoder, losses, hashing, poses, what moves
+    ("autodecoder", "return shortcut + h", "return F.relu(shortcut + h)"),
+    ("autodecoder", "true = F.avg_pool2d(true, 2)", "true = true[..., ::2, ::2]"),
+    ("autodecoder", "return (occupancy - mask).abs().mean()",
+     "return (occupancy - mask).square().mean()"),
+    ("autodecoder", "channels=settings.channels", "channels=settings.embed_dim"),
+    ("autodecoder", "return modulo >> self.shift", "return modulo % self.table.shape[1]"),
+    ("autodecoder", "x = (image - self.mean) / self.std", "x = image"),
+    ("autodecoder", "torch.linalg.cross(Z.expand_as(a), a)",
+     "torch.linalg.cross(a, Z.expand_as(a))"),
+    ("autodecoder", "is_second = error2 < error1", "is_second = error2 > error1"),
+    ("autodecoder", "across = heat.sum(-2)", "across = heat.sum(-1)"),
+    ("autodecoder", "seen = u - self.mean_points(u, settled) + default",
+     "seen = u - self.mean_points(u, settled)"),
+    ("autodecoder", "if settled or not self.training:", "if not self.training:"),
+    ("autodecoder", "back = found @ A[:, :, :2].mT", "back = found @ A[:, :, :2]"),
+    ("autodecoder", "grown = x[:, :1] * self.growth", "grown = x[:, :1]"),
+    ("autodecoder", "return F.relu(0.5 - used * parts).mean()",
+     "return F.relu(used * parts - 0.5).mean()"),
+
+    # ---- normalize.py
+    ("normalize", "return median, 0.7413 * (q75 - q25)", "return median, q75 - q25"),
+    ("normalize", "return median, 0.7413 * (q75 - q25)",
+     "return rows.mean(1), 0.7413 * (q75 - q25)"),
+    ("normalize", "return (latents - self.m) / self.s * self.spread",
+     "return (latents - self.m) / self.s"),
+    ("normalize", "return latents_hat / self.spread * self.s + self.m",
+     "return latents_hat * self.s + self.m"),
+    ("normalize", "rows = latents.transpose(0, 1).flatten(1)",
+     "rows = latents.reshape(latents.shape[1], -1)"),
+    ("normalize", "[0.25, 0.5, 0.75]", "[0.05, 0.5, 0.95]"),
+    ("normalize", "return rows.mean(1), rows.std(1)", "return rows.mean(1), rows.var(1)"),
+    ("normalize", "settings.per_channel, settings.latent_scale)", "settings.per_channel)"),
+
+    # ---- diffusion.py: preconditioning, loss, sampler, average, text
+    ("diffusion", "c_skip = sigma_data**2 / total", "c_skip = sigma**2 / total"),
+    ("diffusion", "c_out = sigma * sigma_data / total.sqrt()", "c_out = sigma / total.sqrt()"),
+    ("diffusion", "/ (sigma * sigma_data)**2", "/ (sigma * sigma_data)"),
+    ("diffusion", "i / max(1, steps - 1)", "i / steps"),
+    ("diffusion", "x_next = noise.double() * sigmas[0]", "x_next = noise.double()"),
+    ("diffusion", "added = math.sqrt(sigma_hat**2 - sigma**2)", "added = sigma_hat - sigma"),
+    ("diffusion", "gamma = min(S_churn / steps, math.sqrt(2) - 1)", "gamma = S_churn / steps"),
+    ("diffusion", "slope = (x_hat - denoised) / sigma_hat", "slope = (x_hat - denoised) / sigma"),
+    ("diffusion", "x_next = x_hat + (sigma_next - sigma_hat) * (slope",
+     "x_next = x_next + (sigma_next - sigma_hat) * (slope"),
+    ("diffusion", "averaged.lerp_(current, 1 - decay)", "averaged.lerp_(current, decay)"),
+    ("diffusion", "half_life = min(half_life, 0.1 * step)", "half_life = min(half_life, step)"),
+    ("diffusion", "self.norm2(h) * (1 + scale) + shift", "self.norm2(h) * scale + shift"),
+    ("diffusion", "sigma_data=settings.sigma_data,\n                   context_dim", "context_dim"),
+    ("diffusion", "return without + weight * (with_text - without)",
+     "return with_text + weight * (with_text - without)"),
+
+    # ---- sample.py: every number arrives where it belongs
+    ("sample", 'f"{name} {seed}"', 'f"{name}"'),
+    ("sample", 'settings = SimpleNamespace(**second["settings"])',
+     'settings = SimpleNamespace(**first["settings"])'),
+    ("sample", 'normalizer.s = second["s"]\n    trained',
+     'normalizer.s = second["m"]\n    trained'),
+    ("sample", 'stream(seed, f"churn {first + i}")', 'stream(seed, f"churn {i}")'),
+    ("sample", "S_churn=churn,", ""),
+    ("sample", "latents.append(trained.normalizer.denormalize(latent_hat.float()))",
+     "latents.append(latent_hat.float())"),
+    ("sample", 'orbit(float(azimuth), trained.view["elevation"], distance)',
+     'orbit(float(azimuth), -trained.view["elevation"], distance)'),
+    ("sample", "return rgb + 1 - occupancy", "return rgb + occupancy"),
+    ("sample", "azimuths = torch.linspace(0, 2 * math.pi, FRAMES + 1)[:-1]",
+     "azimuths = torch.linspace(0, 2 * math.pi, FRAMES)"),
+    ("sample", "latents = sample_latents(trained, noise, steps, churn, seed) ",
+     "latents = sample_latents(trained, noise, steps, churn) "),
+    ("sample", 'if second["decoder"] != fingerprint:', 'if not second["decoder"]:'),
+    ("sample", "e = trained.autodecoder.eval().embed(k)", "e = trained.autodecoder.embed(k)"),
+    ("sample", "trained.settings = settings", "trained.settings = trained.data_settings"),
+    ("sample", 'if kind == "normal":', 'if kind == "fitted":'),
+    ("sample", "guided(trained.text_denoiser, context, null, guidance)",
+     "guided(trained.text_denoiser, context, null, 1)"),
+    ("sample", "noise[chunk], steps, churn, seed, first=first)",
+     "noise[chunk], steps, churn, seed)"),
+    ("sample", "azimuth, distance, trained.view[\"elevation\"])", "azimuth, distance)"),
+    ("sample", "intrinsics = dataset.intrinsics[frames, None].to(trained.device)",
+     "intrinsics = dataset.intrinsics[:len(frames), None].to(trained.device)"),
+    ("sample", "heldout = torch.nonzero(dataset.heldout)[:, 0]",
+     "heldout = torch.nonzero(~dataset.heldout)[:, 0]"),
+    ("sample", "module.train(mode)", "module.train()"),
+    ("sample", "likest = training_volumes[index.to(trained.device)]",
+     "likest = training_volumes[:len(index)]"),
+    ("sample", "latents = trained.normalizer.denormalize(denoised.float())",
+     "latents = denoised.float()"),
+    ("sample", "return (mixed / angle.sin()).float()", "return torch.lerp(a, b, t).float()"),
+    ("sample", "sample_prompt(trained, noise, steps, 0.0, 0, prompt, guidance)",
+     "sample_prompt(trained, noise, steps, 0.0, 0)"),
+    ("sample", "settings.clip_filter = False", "settings.holdout = 0"),
+    ("sample", "render_any_views(trained, volume, [0.0], SIDE, pose=pose)",
+     "render_any_views(trained, volume, [0.0], SIDE)"),
+    ("sample", "level = math.log(2) * side / 2", "level = math.log(2)"),
+    ("sample", "points = zyx.flip(-1).float()", "points = zyx.float()"),
+    ("sample", "red, green, blue = colour", "blue, green, red = colour"),
+    ("sample", '"churn": settings.churn', '"churn": 40.0'),
+    ("sample", "torch.tensor([args.identity], device=device)", "torch.tensor([0], device=device)"),
+    ("sample", "open_run(args.run, device,", 'open_run(args.run, "cpu",'),
+
+    # ---- train.py: the loops, and all that is wired around them
+    ("train", '["lr"] = settings.lr_stage1 * (1 - share)\n        # PAPER',
+     '["lr"] = settings.lr_stage1\n        # PAPER'),
+    ("train", "share = state.step / settings.steps_stage1\n        state.optimizer",
+     "share = state.step / settings.steps_stage2\n        state.optimizer"),
+    ("train", "frames_of(object_number, heldout=False)", "frames_of(object_number)"),
+    ("train", "state.order = state.order[settings.objects_per_step:]",
+     "state.order = state.order[1:]"),
+    ("train", 'sample.stream(settings.seed, "stage 1")', 'sample.stream(0, "stage 1")'),
+    ("train", "settings.foreground_weight * foreground", "settings.perceptual_weight * foreground"),
+    ("train", "torch.asin(position[:, 1] / distance)", "torch.asin(position[:, 2] / distance)"),
+    ("train", "latents=normalizer.normalize(latents)", "latents=latents"),
+    ("train", "edm_loss(state.model, clean, settings.sigma_data, state.generator)",
+     "edm_loss(state.model, clean, settings.latent_scale, state.generator)"),
+    ("train", '"ema": state.average.state_dict()', '"ema": state.model.state_dict()'),
+    ("train", "load_synthetic(settings.size, settings.holdout, settings.seed,",
+     "load_synthetic(settings.size, settings.seed, settings.holdout,"),
+    ("train", "torch.manual_seed(settings.seed)                              # initial weights",
+     "torch.manual_seed(0)                              # initial weights"),
+    ("train", "centre = (intrinsics[..., 2:] * size - corner) / side",
+     "centre = intrinsics[..., 2:]"),
+    ("train", "focal = float(dataset.intrinsics[:, 0].median())", "focal = settings.focal"),
+    ("train", "rests = share < begin / 8 or begin <= share < end", "rests = False"),
+    ("train", "settings.detail[2 * i], settings.detail[2 * i + 1]",
+     "settings.detail[i], settings.detail[i + 1]"),
+    ("train", "pictures[::views], points2d[::views]", "pictures[:views], points2d[:views]"),
+    ("train", ' + 0.5 * losses["distance"]', ""),
+    ("train", "for group in state.optimizer.param_groups:        # each",
+     "for group in state.optimizer.param_groups[:1]:        # each"),
+    ("train", "dataset.batch(dataset.frames_of(k, heldout=True), size)",
+     "dataset.batch(dataset.frames_of(k, heldout=False), size)"),
+    ("train", "tokens, mask = caption_tokens(state, k)",
+     "tokens, mask = state.encode([state.captions[i] for i in k.tolist()])"),
+    ("train", "generator=state.generator) < TEXT_DROPOUT",
+     "generator=state.generator) > TEXT_DROPOUT"),
+    ("train", "edm_loss(denoise, state.latents[k], settings.sigma_data,",
+     "edm_loss(denoise, state.latents[k], settings.latent_scale,"),
+    ("train", "psnr = -10 * math.log10(", "psnr = -20 * math.log10("),
+    ("train", "if not name.startswith(tuple(drop)):", "if name not in drop:"),
+    ("train", "add_metrics(folder, settings, OF_SAMPLES, seconds_stage1=",
+     "add_metrics(folder, settings, seconds_stage1="),
+    ("train", '(folder / "metrics.json").unlink(missing_ok=True)', "read_metrics(folder)"),
+    ("train", 'torch.set_rng_state(saved["global"])', "torch.get_rng_state()"),
+    ("train", 'for name in fields_of(*groups) + ["seed"]:', "for name in fields_of(*groups):"),
+    ("train", 'same_settings(settings, old["settings"], STAGE1_GROUPS, path)',
+     'same_settings(settings, old["settings"], ("stage 1",), path)'),
+    ("train", 'state.order = old["order"]', "state.order = state.order[:0]"),
+    ("train", "frames = dataset.frames_of(0, heldout=False)", "frames = dataset.frames_of(0)"),
+    ("train", "state, features, draw_coarse_to_fine):", "state, features):"),
+    ("train", "settings = dataclasses.replace(settings, **theirs)",
+     "settings = dataclasses.replace(settings)"),
+    ("train", "state.encode = encode or denoiser.text",
+     "state.encode = encode or state.average.text"),
+    ("train", "state.captions = captions", "state.captions = sorted(captions)"),
+    ("train", 'if old["decoder"] != state.decoder:', 'if not old["decoder"]:'),
+    ("train", 'sample.restore(lambda: state.average, old["ema"], path)',
+     'sample.restore(lambda: state.average, old["model"], path)'),
+    ("train", "settings.n_sheet, settings.sample_steps, settings.seed,",
+     "settings.n_sheet, 64, settings.seed,"),
+    ("train", "both = args.stage is None and n_objects > 1", "both = args.stage is None"),
+    ("train", "first_sampling(settings, args.out, device)",
+     'first_sampling(settings, args.out, "cpu")'),
+]
 
 
 def copy_of_the_project(folder):
@@ -47,9 +267,16 @@ def apply(folder, name, right, wrong):
     return path
 
 
+def pytest_collection_modifyitems(items):
+    """A hook of pytest, to which is_caught names this file: what trains or writes files goes last."""
+    slow = {"tmp_path", "tmp_path_factory", "as_it_is"}
+    items.sort(key=lambda item: len(slow.intersection(item.fixturenames)))
+
+
 def is_caught(folder, name):
     """Whether a test of the module fails in this copy."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS[name]]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+               "-p", "tests.mutants", *TESTS[name]]
     environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1")
     try:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True,
@@ -73,6 +300,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         copy_of_the_project(folder)
+        for name in dict.fromkeys(name for name, _, _ in chosen):
+            if is_caught(folder, name):
+                raise SystemExit(f"tests of {name}.py fail as it is, without any wrong line")
         for number, (name, right, wrong) in enumerate(chosen, 1):
             began = time.time()
             path = apply(folder, name, right, wrong)

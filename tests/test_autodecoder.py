@@ -127,7 +127,7 @@ def test_sides_that_do_not_double_are_refused():
                   dict(volume_side=2), dict(latent_side=2)):
         with pytest.raises(ValueError, match="volume_side .* latent_side"):
             small(**sizes)
-    with pytest.raises(ValueError, match=r"latent .* \(1, 8, 8, 8, 8\), got \(1, 8, 4, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"latent .* \(8, 8, 8, 8\), got \(8, 4, 4, 4\)"):
         small().decode_volume(torch.zeros(1, 8, 4, 4, 4))
 
 

@@ -181,14 +181,42 @@ def test_object_k_is_the_same_in_a_larger_set_and_differs_with_the_seed(syntheti
     assert not torch.equal(small.images, other.images)
 
 
-def test_the_first_readings_dataset_is_that_of_load(synthetic):
-    first = data.load_synthetic(32, n_objects=6, n_views=7, families=data.FAMILIES)
-    again = data.load("synthetic", 32, n_objects=6, n_views=7)
-    for name in ("images", "masks", "cam2world", "intrinsics", "object_index", "heldout"):
-        assert torch.equal(getattr(first, name), getattr(again, name)), name
-    assert first.names == again.names and first.captions == again.captions
-    chairs = data.load_synthetic(16, n_objects=3, n_views=2)
-    assert all(" chair with " in caption for caption in chairs.captions)
+def test_the_first_readings_dataset_is_what_load_makes_of_its_chairs(monkeypatch):
+    monkeypatch.setattr(data, "FAMILIES", (data.make_chair,))
+    for holdout in (6, 0):
+        first = data.load_synthetic(32, holdout, n_objects=6, n_views=7)
+        again = data.load("synthetic", 32, holdout, n_objects=6, n_views=7)
+        for name in ("images", "masks", "cam2world", "intrinsics", "object_index", "heldout"):
+            assert torch.equal(getattr(first, name), getattr(again, name)), name
+        for size in (32, 16):
+            for a, b in zip(first.batch(torch.arange(5), size), again.batch(torch.arange(5), size)):
+                assert torch.equal(a, b)
+    assert first.names == again.names and again.captions == [None] * 6
+    other = data.load_synthetic(32, seed=1, n_objects=1, n_views=7)
+    assert not torch.equal(other.images, first.images[:7])
+
+
+def test_pictures_are_the_same_where_only_rays_near_a_part_are_followed(synthetic):
+    for k in range(3):                                   # a chair, a table, a vehicle
+        frames = synthetic.frames_of(k)
+        poses, cameras = synthetic.cam2world[frames], synthetic.intrinsics[frames]
+        rgba = data.raytrace(synthetic.shapes[k], poses, cameras, 32)
+        rgba = (rgba * 255).round().byte()
+        assert torch.equal(rgba[..., :3], synthetic.images[frames])
+        assert torch.equal(rgba[..., 3], synthetic.masks[frames])
+
+
+def test_a_chair_differs_from_that_of_the_second_reading_in_its_legs_alone():
+    n_pedestals = 0
+    for seed in range(20):
+        plain = data.make_chair(np.random.default_rng(seed))
+        full, _, details = data.make_any_chair(np.random.default_rng(seed))
+        n_pedestals += "pedestal" in details[0]
+        assert torch.equal(plain[0].centre, full[0].centre) and plain[0].colour == full[0].colour
+        assert {len(part.sides) for part in plain} == {3}
+        on_floor = [part for part in plain if data.corners(part)[:, 1].min().abs() < 1e-6]
+        assert on_floor == plain[1:5] and all(part.colour == plain[1].colour for part in on_floor)
+    assert 0 < n_pedestals < 20
 
 
 def test_dataset_has_the_promised_shapes_and_types(synthetic):
@@ -251,7 +279,7 @@ def test_families_take_turns_and_captions_name_colours_that_are_there(synthetic)
 
 def test_captions_name_the_parts_that_are_there():
     for seed in range(40):
-        parts, noun, details = data.make_chair(np.random.default_rng(seed))
+        parts, noun, details = data.make_any_chair(np.random.default_rng(seed))
         details = " ".join(details)
         expected = 1 + (2 if "pedestal" in details else 4) + (4 if "armrests" in details else 0)
         slatted = "slatted" in details
@@ -892,6 +920,14 @@ def test_captions_are_read_from_three_places_and_bad_ones_refused_by_name(shots,
     (tmp_path / "captions.json").write_text('{"vase": "a vase"}')
     assert data.load(tmp_path, 16).captions == ["a chair", "a lamp: green", "a vase"]
     assert data.load(tmp_path, 16, objects="vase").captions == ["a vase"]
+    (tmp_path / "captions.json").write_text('{"vase": "a vase", "lamp": "the last word"}')
+    (tmp_path / "captions.txt").write_text("lamp: a lamp\nchair: a better chair")
+    write_transforms(tmp_path / "chair", few[0][..., :3], *few[1:])      # it has no masks
+    d = data.load(tmp_path, 16)
+    assert d.names == ["lamp", "vase"] and d.captions == ["the last word", "a vase"]
+    assert d.skipped == ["4 views have no mask", "1 objects have no masks"]
+    write_transforms(tmp_path / "chair", *few)
+    assert data.load(tmp_path, 16).captions == ["a better chair", "the last word", "a vase"]
     for name, content, says in BAD_CAPTIONS:
         kept = (tmp_path / name).read_text()
         (tmp_path / name).write_text(content)
@@ -983,6 +1019,15 @@ def test_coil_cameras_go_round_so_that_the_front_moves_left(tmp_path):
     middle = torch.stack([b.nonzero()[:, 1].float().mean() / 64 for b in blue])
     uv, _ = project(torch.tensor([[0.0, -0.6, 0.42]]), d.cam2world[:6], d.intrinsics[:6])
     assert (middle - uv[:, 0, 0]).abs().max() < 0.05
+
+
+def test_coil_objects_come_in_the_order_of_their_numbers_with_all_their_angles(tmp_path):
+    for name in ("obj10__0", "obj2__5", "obj2__350", "obj1__15", "other__0", "obj3__1b"):
+        (tmp_path / f"{name}.png").touch()
+    found = data.find(tmp_path, 1)
+    assert [one.name for one in found] == ["obj1", "obj2", "obj10"]
+    assert found[1].origin == {5: tmp_path / "obj2__5.png", 350: tmp_path / "obj2__350.png"}
+    assert all(one.layout == "COIL-100" for one in found)
 
 
 def test_a_quarter_turn_later_goes_round_and_takes_the_nearest_that_is_there():

@@ -73,7 +73,7 @@ def test_preconditioning_by_hand_at_sigma_one_half_and_two(sigma, expected):
 
 
 @pytest.mark.parametrize("a", [0.5, 1.2, 0.3])
-def test_the_network_is_fed_and_must_answer_the_variances_of_the_docstring(a):
+def test_the_network_is_fed_and_must_answer_the_variances_of_the_second_reading(a):
     """Deviation a of the data: both 1 if that is sigma_data, else between 1 and (a / sd)^2."""
     sd = 0.5
     clean, noise = a * normal(200_000), normal(200_000, seed=1)
@@ -247,6 +247,19 @@ def test_what_a_block_adds_at_1x1x1_depends_on_its_input():
     assert (added[0] - added[1]).abs().max() > 1e-2
 
 
+def test_the_noise_level_scales_and_shifts_every_channel_of_a_block_around_what_it_was():
+    torch.manual_seed(0)
+    block = stirred(diffusion.UNetBlock(8, 8, 16))
+    x, scale, shift = torch.randn(2, 8, 2, 2, 2), torch.randn(8), torch.randn(8)
+    with torch.no_grad():
+        block.affine.weight.zero_()
+        block.affine.bias.copy_(torch.cat([scale, shift]))
+    h = block.norm2(block.conv1(nn.functional.silu(block.norm1(x))))
+    h = h * (1 + scale.view(8, 1, 1, 1)) + shift.view(8, 1, 1, 1)
+    expected = x + block.conv2(nn.functional.silu(h))
+    torch.testing.assert_close(block(x, torch.randn(2, 16)), expected)
+
+
 def test_one_object_of_a_unet_that_ends_at_1x1x1_is_the_same_as_beside_another():
     model = tiny((3, 2, 2, 2), channels=32, multipliers=(1, 1), attention=(2,)).double()
     x = normal(2, 3, 2, 2, 2)
@@ -263,11 +276,9 @@ def test_a_block_halves_or_doubles_the_side_if_it_is_told_to():
 @pytest.mark.parametrize("match, call", [
     ("must be B latents", lambda: tiny()(torch.zeros(3, 4, 4, 4), 1.0)),
     ("must be B latents", lambda: tiny()(torch.zeros(1, 3, 8, 8, 8), 1.0)),
-    ("side 6 .* 2 times", lambda: tiny((3, 6, 6, 6), multipliers=(1, 1, 1))),
-    ("3 heads do not divide 200", lambda: diffusion.SelfAttention(200)),
-    ("steps", lambda: edm_sampler(gaussian_denoiser(1), torch.zeros(1), 0)),
-    ("2 generators for 3 objects", lambda: edm_sampler(gaussian_denoiser(1), torch.zeros(3), 4,
-                                                       generator=[seeded(0), seeded(1)])),
+    ("side 6 .* 2 times", lambda: built((3, 6, 6, 6), unet_multipliers=(1, 1, 1))),
+    ("3 heads do not divide 200", lambda: built(unet_channels=200)),
+    ("3 heads do not divide 200", lambda: built(unet_channels=200, text=True)),
     ("tokens must be", lambda: tiny_text()(torch.zeros(1, 3, 4, 4, 4), 1.0, torch.zeros(1, 6, 4),
                                            torch.ones(1, 6, dtype=torch.bool))),
     ("tokens must be", lambda: tiny_text()(torch.zeros(2, 3, 4, 4, 4), 1.0, torch.zeros(1, 6, 5),
@@ -277,6 +288,13 @@ def test_a_block_halves_or_doubles_the_side_if_it_is_told_to():
 def test_arguments_that_do_not_fit_are_refused(match, call):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+@pytest.mark.parametrize("generators", [1, 2, 4])
+def test_generators_are_as_many_as_objects_or_refused(generators):
+    with pytest.raises(RuntimeError, match="shape"):
+        edm_sampler(gaussian_denoiser(1), torch.zeros(3, 2), 4,
+                    generator=[seeded(i) for i in range(generators)])
 
 
 def test_the_papers_unets_keep_the_latents_shape():
@@ -314,6 +332,10 @@ OF_DENOISER = [("unet_channels", "channels", 16), ("unet_multipliers", "multipli
                ("unet_depth", "depth", 2), ("unet_attention", "attention", (2,)),
                ("sigma_data", "sigma_data", 0.7)]
 OF_TEXT = [("context_dim", "context_dim", 20), ("transformer_depth", "transformer_depth", 2)]
+
+
+def built(latent_shape=(3, 4, 4, 4), **changes):
+    return build_denoiser(SimpleNamespace(**(SETTINGS | changes)), latent_shape)
 
 
 def described(model):
@@ -510,7 +532,7 @@ def test_self_and_cross_attention_come_in_pairs_in_this_order(transformer_depth)
         if isinstance(module, diffusion.SelfAttention):
             module.register_forward_hook(lambda module, *_: called.append(type(module).__name__))
     told = torch.zeros(1, 16), torch.zeros(1, 6, 5), torch.ones(1, 6, dtype=torch.bool)
-    block(torch.zeros(1, 8, 2, 2, 2), told)
+    block(torch.zeros(1, 8, 2, 2, 2), *told)
     assert called == ["SelfAttention", "CrossAttention"] * transformer_depth
 
 

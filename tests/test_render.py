@@ -492,15 +492,15 @@ def test_wrong_shapes_are_refused_by_name(blob):
             draw(blob[:, :3], cam2world, lens, 4, 4)
         with pytest.raises(ValueError, match="volume must be"):
             draw(torch.cat([blob, blob], 1), cam2world, lens, 4, 4)
-        with pytest.raises(ValueError, match="1 volumes.* 2 objects"):
+        with pytest.raises(ValueError, match="volume must be .2, 4, D, H, W., got .1, 4"):
             draw(blob, two_cameras, two_lenses, 4, 4)
     for draw in (render.render_moving, render.render_moving_geometry):
         poses = cam2world[:, :, None].expand(1, 1, 2, 4, 4)
         with pytest.raises(ValueError, match="cam2world"):
             draw(blob, cam2world, lens, 4, 4)
-        with pytest.raises(ValueError, match="volume must be .B, 6"):
+        with pytest.raises(ValueError, match="volume must be .1, 6, D, H, W., got .1, 4"):
             draw(blob, poses, lens, 4, 4)
-        with pytest.raises(ValueError, match="1 volumes.* 2 objects"):
+        with pytest.raises(ValueError, match="volume must be .2, 6, D, H, W., got .1, 6"):
             draw(random_volume(parts=2), poses.repeat(2, 1, 1, 1, 1), two_lenses, 4, 4)
 
 

@@ -202,10 +202,10 @@ def test_a_checkpoint_without_one_of_its_settings_is_bad_input(folder, name):
 
 
 def test_a_run_keeps_the_settings_of_both_stages_apart(folder):
-    edit(folder / "stage2.pt", settings=settings_of(seed=5))
-    trained = sample.open_run(folder)
+    edit(folder / "stage2.pt", settings=settings_of(seed=5, latent_scale=0.5))
+    for trained in (sample.load_run(folder), sample.open_run(folder)):
+        assert trained.settings.seed == 5 and trained.normalizer.spread == 0.5
     assert trained.data_settings.seed == 0                 # which objects there were to learn from
-    assert trained.settings.seed == 5
 
 
 def test_resuming_needs_more_than_sampling(folder):
@@ -316,6 +316,17 @@ def test_volumes_are_what_the_decoder_makes_of_latents(folder):
     torch.testing.assert_close(sample.decode(trained, latents.repeat(6, 1, 1, 1, 1))[15:], volumes)
 
 
+def test_a_latent_does_not_depend_on_the_objects_that_are_decoded_beside_it():
+    decoder = build_decoder(SimpleNamespace(**settings_of(norm="batch", latent_side=8)), 5).train()
+    state = SimpleNamespace(autodecoder=decoder, names=list("abcde"), device="cpu")
+    together = sample.training_latents(state)              # it was in training mode, and is not now
+    one_by_one = [decoder.decode_latent(e[None]) for e in decoder.embed(torch.arange(5))]
+    torch.testing.assert_close(together, torch.cat(one_by_one))
+    decoder.train()
+    assert torch.equal(sample.training_latents(state), together)
+    assert together.std(0).max() > 1e-3                    # and they do differ
+
+
 def exact_rows(n, mean, covariance, seed=0):
     """n rows whose mean and (n - 1) covariance are exactly as asked."""
     x = torch.randn(n, len(mean), generator=generator(seed), dtype=F64)
@@ -421,12 +432,26 @@ def test_the_turntable_shows_a_ball_of_radius_1_3_from_rim_to_rim(folder):
         trained.view = {"distance": distance, "elevation": 0.3}
         cam2world, intrinsics = sample.view_from(trained, 0.5)
         assert cam2world[:3, 3].norm().item() == pytest.approx(distance, rel=1e-5)
+        assert cam2world[1, 3].item() == pytest.approx(distance * math.sin(0.3), rel=1e-5)
         # Where the ray through the middle of the picture's edge passes the origin.
         o, d = render.camera_rays(cam2world, intrinsics, 1001)
         along = (o * d).sum(-1, keepdim=True)
         passes = (o - along * d).norm(dim=-1)[500]         # (1001,) of the middle row
         assert passes[0].item() == pytest.approx(1.3, abs=0.01)
         assert passes[500].item() == pytest.approx(0, abs=1e-4)
+
+
+def test_a_turntable_turns_once_evenly_and_shows_no_view_twice(folder, monkeypatch):
+    seen = []
+
+    def watched(trained, volumes, azimuths, size):
+        seen.extend(azimuths)
+        return torch.zeros(1, 4, 3, 8, 8), torch.zeros(1, 4, 1, 8, 8)
+
+    monkeypatch.setattr(sample, "render_views", watched)
+    with small_pictures():                                 # of four frames
+        sample.save_turntable(sample.load_run(folder), None, folder)
+    assert seen == pytest.approx([0, math.pi / 2, math.pi, 3 * math.pi / 2])
 
 
 def test_films_show_full_rows_of_four_in_order_of_time():
@@ -459,6 +484,39 @@ def test_the_nearest_training_object_of_a_copy_is_its_original(folder):
     assert 0.1 < distance.item() < math.sqrt(2 / 3)        # most: all off by (1, -1, 0)
 
 
+def kept_sheets(monkeypatch):
+    """{name of a file: the rows of the sheet that is written there}, while sheets are drawn."""
+    rows = {}
+    monkeypatch.setattr(sample, "save_sheet",
+                        lambda path, given, *_: rows.update({path.name: given}))
+    return rows
+
+
+def test_below_a_sample_stands_the_training_object_that_looks_most_like_it(tmp_path, monkeypatch):
+    trained = sample.open_run(make_run(tmp_path, lively=True))
+    rows = kept_sheets(monkeypatch)
+    volumes = trained.autodecoder(torch.tensor([2, 0]))    # as samples: training objects
+    with small_pictures():
+        sample.save_sample_sheet(tmp_path, trained, volumes, nearest=True)
+    front, _, _, nearest = rows["samples.png"]
+    torch.testing.assert_close(nearest, front)
+    assert (front[0] - front[1]).abs().max() > 0.01        # the two differ
+
+
+def test_the_strip_from_noise_to_object_ends_with_the_sample(tmp_path, monkeypatch):
+    trained = sample.open_run(make_run(tmp_path, lively=True))
+    decoded = []
+    decode = sample.decode
+    monkeypatch.setattr(sample, "decode", lambda trained, latents: (
+        decoded.append(latents), decode(trained, latents))[1])
+    rows = kept_sheets(monkeypatch)
+    sample.save_noise_strip(tmp_path / "strip.png", trained, 9, n=2, seed=3)
+    noise = sample.latent_noise(trained, 2, 3)
+    assert len(decoded) == 8 and [len(row) for row in rows["strip.png"]] == [8, 8]
+    torch.testing.assert_close(decoded[-1], sample.sample_latents(trained, noise, 9, 0.0))
+    assert (decoded[0] - decoded[-1]).abs().max() > 0.1
+
+
 def test_samples_are_drawn_without_decoding_a_single_training_object(tmp_path):
     trained = sample.open_run(make_run(tmp_path, lively=True))
     trained.autodecoder.embedding = None                   # any use of it is an error
@@ -475,8 +533,15 @@ def test_both_readings_draw_the_same_objects(tmp_path):
         above, paths = sample.save_samples(sample.load_run(run), tmp_path / "a", 2, 4, 3, 40.0)
         below, more = sample.save_any_samples(sample.open_run(run), tmp_path / "b", 2, 4, 3, 40.0)
     assert torch.equal(above, below)
-    gif, other_gif = tmp_path / "a" / "turntable.gif", tmp_path / "b" / "turntable.gif"
-    assert gif in paths and other_gif in more and gif.read_bytes() == other_gif.read_bytes()
+    assert [str(tmp_path / "a" / name) for name in ("samples.png", "turntable.gif")] == paths
+    assert tmp_path / "b" / "turntable.gif" in more
+    # Above: the objects side by side, a quarter turn between the frames, which are also the sheet.
+    azimuths = [0.6 + turn * math.pi / 2 for turn in range(4)]
+    rgb, occupancy = sample.render_any_views(sample.open_run(run), below, azimuths, 24)
+    expected = sample.to_uint8(sample.on_white(rgb, occupancy))      # (2, 4, 24, 24, 3)
+    sheet = iio.imread(paths[0]).reshape(4, 24, 2, 24, 3).transpose(2, 0, 1, 3, 4)
+    assert (sheet == expected).all()
+    assert iio.imread(paths[1]).shape == (4, 24, 48, 3)
 
 
 # ---- Scores of stage 1 ---------------------------------------------------------------------------
@@ -503,6 +568,22 @@ def test_an_empty_decoder_scores_what_black_pictures_score():
     assert scores["mask_heldout"] == pytest.approx(covered.item(), abs=1e-4)
     dataset.heldout[:] = False
     assert sample.score_heldout(state, dataset) == {}
+
+
+def test_a_frame_is_compared_with_its_own_object_through_its_own_camera_and_lens(tmp_path):
+    trained = sample.open_run(make_run(tmp_path, lively=True))
+    cameras = render.orbit(torch.arange(4.0), 0.2, 4.0)
+    lenses = torch.tensor([[1.2, 1.3, 0.5, 0.5]]) + 0.02 * torch.arange(16.0).view(4, 4)
+    dataset = SimpleNamespace(images=torch.zeros(4, 16, 16, 3), cam2world=cameras,
+                              intrinsics=lenses, object_index=torch.tensor([0, 1, 2, 0]))
+    frames = torch.tensor([3, 1])
+    rgb, occupancy = sample.render_frames(trained, dataset, frames, 24)
+    for i, frame in enumerate(frames):
+        volume = trained.autodecoder(dataset.object_index[frame:frame + 1])
+        expected = render.render(volume, cameras[frame][None, None], lenses[frame][None, None],
+                                 16, 24)
+        torch.testing.assert_close(rgb[i], expected[0][0, 0])
+        torch.testing.assert_close(occupancy[i], expected[1][0, 0])
 
 
 def test_scoring_in_the_middle_of_training_is_in_evaluation_mode_and_moves_nothing(folder):
@@ -586,6 +667,8 @@ def test_the_last_picture_of_an_interpolation_is_the_object_of_its_last_seed(tmp
                     found.add(x)
         return found
 
+    film = iio.imread(tmp_path / "interpolation.gif").astype(int)
+    assert len(film) > 60 and abs(film - film[::-1]).max() < 16          # there, and back again
     (first,), (last,) = places_of(1), places_of(2)
     assert last - first == 8 * 26                          # the first and the last of nine
     assert not places_of(3)
@@ -608,6 +691,9 @@ def test_what_moves_is_seen_in_its_poses_and_from_all_parts_cameras(moving_run):
     rgb, occupancy = sample.render_any_views(trained, volumes, [0.0, 0.3], 16, pose=3)
     assert rgb.shape == (3, 2, 3, 16, 16)
     # The same by hand: of azimuth 0 and elevation 0 is the clip's own camera.
+    turned, lens = sample.moving_view_from(trained, 0.3, 3)
+    torch.testing.assert_close(
+        turned, render.turn_about(trained.poses[3], 0.3, trained.posenet.distance, 0.3))
     trained.view["elevation"] = 0.0
     rgb, occupancy = sample.render_any_views(trained, volumes, [0.0], 16, pose=3)
     focal = trained.posenet.focal
@@ -630,6 +716,64 @@ def test_a_subject_is_driven_by_the_poses_that_the_clips_frames_show(moving_run)
     expected = sample.cameras_of(trained, clip, torch.arange(6))
     assert trained.poses.shape == (6, 2, 4, 4) and torch.equal(trained.poses, expected)
     refused(lambda: sample.load_driving(trained, "0007"), "0007")
+
+
+def test_any_clip_drives_with_all_of_its_frames_whatever_the_run_left_out(moving_run, tmp_path):
+    rgba = torch.zeros(20, 32, 32, 4, dtype=torch.uint8)
+    for i in range(20):
+        rgba[i, 8:24, 4 + i % 8:12 + i % 8] = 255          # under 25 % of the frame
+    (tmp_path / "clips" / "b").mkdir(parents=True)
+    for name in ("a", "b"):
+        (tmp_path / "clips" / name).mkdir(exist_ok=True)
+        for i, frame in enumerate(rgba[:10] if name == "a" else rgba):
+            iio.imwrite(tmp_path / "clips" / name / f"{i}.png", frame.numpy())
+    trained = sample.open_run(moving_run)
+    trained.data_settings.clip_filter = True
+    pictures = sample.load_driving(trained, str(tmp_path / "clips" / "b"))
+    assert len(pictures) == len(trained.poses) == 20
+    assert trained.data_settings.clip_filter               # of the run, as it was
+
+
+def test_a_film_of_motion_shows_pose_after_pose_beside_the_frames_that_drive(
+        moving_run, tmp_path, monkeypatch):
+    trained = sample.open_run(moving_run)
+    rows = kept_sheets(monkeypatch)
+    films = []
+    monkeypatch.setattr(sample, "save_film", lambda folder, name, film: films.append(film) or [])
+    volume = trained.autodecoder(torch.tensor([1]))
+    driving = torch.rand(5, 3, 32, 32, generator=generator())
+    with small_pictures():
+        sample.save_motion(trained, tmp_path, volume, driving)
+    (film,) = films
+    assert film.shape == (5, 3, 24, 48)
+    small = nn.functional.interpolate(driving, size=(24, 24), mode="nearest")
+    assert torch.equal(film[..., :24], small)
+    for pose in range(5):
+        rgb, occupancy = sample.render_any_views(trained, volume, [0.0], 24, pose=pose)
+        torch.testing.assert_close(film[pose, ..., 24:], sample.on_white(rgb, occupancy)[0, 0])
+    first_row, colour = rows["motion.png"][:2]             # eight columns of five poses
+    shown = [0, 0, 1, 1, 2, 2, 3, 4]
+    assert torch.equal(first_row, small[shown])
+    torch.testing.assert_close(colour, film[shown][..., 24:], rtol=1e-4, atol=1e-4)
+    degrees = torch.tensor([-20, -10, 0, 10, 20]).deg2rad()
+    for column, azimuth in enumerate(degrees):
+        seen = sample.geometry_views(trained, volume, azimuth.item(), 24, pose=2)
+        seen = sample.on_white(seen["rgb"], seen["occupancy"])[0]
+        torch.testing.assert_close(rows["views.png"][0][column], seen)
+
+
+def test_what_moves_goes_through_its_poses_while_it_swings(moving_run, monkeypatch, tmp_path):
+    seen = []
+
+    def watched(trained, volumes, azimuths, size, pose):
+        seen.append((math.degrees(azimuths[0]), pose))
+        return torch.zeros(1, 1, 3, 8, 8), torch.zeros(1, 1, 1, 8, 8)
+
+    monkeypatch.setattr(sample, "render_any_views", watched)
+    with small_pictures():                                 # of four frames
+        sample.save_any_turntable(sample.open_run(moving_run), None, tmp_path)
+    azimuths, poses = zip(*seen)
+    assert azimuths == pytest.approx([0, 20, 0, -20], abs=1e-4) and poses == (0, 1, 2, 3)
 
 
 # ---- Command line: no flag is ignored in silence -------------------------------------------------
@@ -697,6 +841,31 @@ def test_another_run_and_another_kind_of_direct_sampling_draw_other_objects(draw
     assert fitted["samples.png"] != normal["samples.png"]
     for flags in NAMED_IN_AN_ERROR.values():
         refused(lambda: sample.main(flags), flags[1])
+
+
+def test_each_training_object_is_shown_by_its_number(drawn):
+    films = [drawn("rigid", "--identity", k)["turntable.gif"] for k in "012"]
+    assert len(set(films)) == 3
+
+
+def test_the_run_is_opened_on_the_device_that_is_asked_for(folder, monkeypatch):
+    seen = []
+
+    def watched(run, device, stages):
+        seen.append((run, device, stages))
+        raise BadInput("that is enough")
+
+    monkeypatch.setattr(sample, "choose_device", lambda name: f"the {name}")
+    monkeypatch.setattr(sample, "open_run", watched)
+    for flags in ([], ["--direct", "fitted"], ["--identity", "1"]):
+        refused(lambda: sample.main(["--run", "r", "--device", "gpu", *flags]), "enough")
+    assert seen == [("r", "the gpu", (1, 2)), ("r", "the gpu", (1,)), ("r", "the gpu", (1,))]
+
+
+def test_what_no_flag_says_is_taken_from_the_runs_settings():
+    args = sample.parse(["--run", "runs/a", "--seed", "9"])
+    sample.fill_in(args, SimpleNamespace(sample_steps=7, churn=3.0, guidance=5.0))
+    assert (args.n, args.seed, args.steps, args.churn, args.guidance) == (8, 9, 7, 3.0, 5.0)
 
 
 def test_what_is_not_asked_for_is_what_the_run_says(drawn):

@@ -113,7 +113,8 @@ def everything(arguments):
     numbers += list(state.autodecoder.state_dict().values())
     if state.posenet is not None:
         numbers += list(state.posenet.state_dict().values())
-    latents = train.training_latents(state.autodecoder, dataset.n_objects)
+    state.names = dataset.names
+    latents = sample.training_latents(state)
     first = {"captions": dataset.captions, "fingerprint": ""}
     settings, second = train.new_stage2(settings, latents, first, None, "cpu")
     loop = train.train_text if settings.text else train.train_stage2
@@ -336,6 +337,16 @@ def test_draw_frames_never_shows_a_heldout_view_and_covers_the_others():
     assert many.shape == (2, 9)
 
 
+def test_the_seed_decides_what_is_drawn_in_either_stage():
+    for seed in (0, 7):
+        settings = settings_of(seed=seed)
+        one = train.start_stage1(settings, torch.nn.Linear(1, 1))
+        two = train.start_stage2(settings, torch.randn(2, 2, 2, 2, 2), torch.nn.Linear(1, 1))
+        for state, name in ((one, "stage 1"), (two, "stage 2")):
+            expected = torch.rand(3, generator=sample.stream(seed, name))
+            assert torch.equal(torch.rand(3, generator=state.generator), expected)
+
+
 def test_all_objects_have_their_turn_before_one_comes_again():
     dataset = data.load("synthetic", 16, 3, n_objects=6, n_views=3)
     settings = settings_of(objects_per_step=2)
@@ -382,7 +393,7 @@ def test_a_step_sees_photos_of_the_right_size_through_the_right_intrinsics():
 
 
 def test_learning_rates_fall_linearly_to_nothing_in_both_stages():
-    settings = settings_of(lr_stage1=0.4, lr_stage2=0.2)
+    settings = settings_of(lr_stage1=0.4, lr_stage2=0.2, steps_stage1=4, steps_stage2=5)
     dataset = data.load_for(settings, "synthetic")
     state = train.new_stage1(settings, dataset, "cpu")
     rates = []
@@ -395,7 +406,7 @@ def test_learning_rates_fall_linearly_to_nothing_in_both_stages():
     rates = []
     for _ in train.train_stage2(settings, state):
         rates.append(state.optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([0.2, 0.15, 0.1, 0.05])
+    assert rates == pytest.approx([0.2, 0.16, 0.12, 0.08, 0.04])
 
 
 def test_the_loss_of_stage_1_is_eq_1_and_eq_2_weighted():
@@ -404,6 +415,29 @@ def test_the_loss_of_stage_1_is_eq_1_and_eq_2_weighted():
     settings = train.Settings(perceptual_weight=2.0, foreground_weight=8.0)
     loss = train.stage1_loss(settings, lambda image: [image], rgb, occupancy, images, masks)
     assert loss.item() == pytest.approx(2 * 3 * 0.25 + 8 * 0.25)          # three pyramid levels
+
+
+def test_objects_are_looked_at_from_where_a_typical_training_camera_stood():
+    elevation = torch.tensor([0.2, 0.3, 0.5])
+    cameras = render.orbit(torch.tensor([0.0, 2.0, 4.0]), elevation, torch.tensor([2.0, 4.0, 9.0]))
+    view = train.turntable_view(argparse.Namespace(cam2world=cameras))
+    assert view == {"distance": pytest.approx(4.0), "elevation": pytest.approx(0.3)}
+    # Never from within the object, nor from under its floor.
+    near = argparse.Namespace(cam2world=render.orbit(torch.zeros(3), -elevation, 1.0))
+    assert train.turntable_view(near) == {"distance": 1.8, "elevation": pytest.approx(0.1)}
+
+
+def test_a_run_compares_what_it_is_told_to_in_pictures_that_grow(tmp_path, monkeypatch):
+    seen = []
+
+    def loop(settings, dataset, state, features, draw):
+        seen.extend([features, draw])
+        state.step = settings.steps_stage1
+        yield 1.0, 1.0
+
+    monkeypatch.setattr(train, "train_stage1", loop)
+    run("--stage", "1", "--steps", "1", "--perceptual", "pixels", out=tmp_path)
+    assert seen == [train.autodecoder.pixels, train.draw_coarse_to_fine]
 
 
 @pytest.mark.slow
@@ -476,6 +510,61 @@ def test_stage_2_learns_a_set_of_two_latents_and_samples_are_these_two():
     assert 0.2 < share < 0.8
 
 
+class Listener(FewLayers):
+    """Hears text, and does not heed it."""
+
+    def forward(self, x, sigma, *text):
+        assert text in ((), ("tokens", "mask"))
+        return super().forward(x, sigma)
+
+
+def few_steps(loop, latents, settings):
+    """The losses of a loop of stage 2, and its state afterwards."""
+    torch.manual_seed(0)
+    state = train.start_stage2(settings, latents, Listener(settings.sigma_data))
+    return list(loop(settings, state)), state
+
+
+def test_with_text_the_loop_of_stage_2_is_the_same_but_for_what_the_denoiser_hears(monkeypatch):
+    monkeypatch.setattr(train, "caption_tokens", lambda state, k: ("tokens", "mask"))
+    settings = settings_of(sigma_data=0.7, lr_stage2=0.01, ema_half_life=0.3, steps_stage2=5)
+    latents = 3 + 2 * torch.randn(5, 2, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    losses, plain = few_steps(train.train_stage2, latents, settings)
+    with_text, listened = few_steps(train.train_text, latents, settings)
+    assert losses == with_text
+    assert same(plain.average.state_dict(), listened.average.state_dict())
+
+
+def test_the_checkpoint_of_stage_2_has_the_averaged_weights_and_what_undoes_the_normalization():
+    settings = settings_of(latent_scale=0.5, lr_stage2=0.01)
+    latents = 3 + 2 * torch.randn(5, 2, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    _, state = few_steps(train.train_stage2, latents, settings)
+    checkpoint = train.stage2_checkpoint(settings, state)
+    assert same(checkpoint["ema"], state.average.state_dict())
+    assert not same(checkpoint["ema"], state.model.state_dict())
+    undone = state.latents / 0.5 * checkpoint["s"] + checkpoint["m"]
+    torch.testing.assert_close(undone, latents)
+
+
+def test_captions_stand_in_the_order_of_the_objects_and_their_encoder_learns():
+    settings = settings_of(text=True, context_dim=16)
+    first = {"captions": ["b red", None, "a"], "fingerprint": "f"}
+    _, state = train.new_stage2(settings, torch.randn(3, 16, 4, 4, 4), first, None, "cpu")
+    assert state.captions == ["b red", "", "a"] and state.vocabulary == ["a", "b", "red"]
+    assert state.encode is state.model.text and state.decoder == "f"
+
+
+def test_stage_2_has_the_settings_of_the_stage_1_that_it_learns_from():
+    theirs = settings_of(n_views=9, holdout=3, channels=64, betas=(0.1, 0.2), focal=2.0, clip=3.0)
+    first = {"settings": vars(theirs), "names": ["a", "b"]}
+    settings = train.settings_of_stage2(settings_of(batch_size=3, seed=8), first)
+    of_stage1 = train.fields_of("data", "decoder", "stage 1", "moving", None)
+    assert len(of_stage1) > 30
+    for name in of_stage1:
+        assert getattr(settings, name) == getattr(theirs, name), name
+    assert settings.batch_size == 3 and settings.seed == 8
+
+
 def test_a_tenth_of_the_captions_is_left_out_and_the_rest_are_the_objects_own():
     heard = []
     state = argparse.Namespace(captions=["zero", "one", "two"], encode=heard.extend,
@@ -519,11 +608,75 @@ def test_the_first_sheet_has_as_many_objects_as_asked_for_over_their_nearest_one
         return None, []
 
     monkeypatch.setattr(sample, "save_any_samples", watched)
-    monkeypatch.setattr(sample, "save_noise_strip", lambda path, trained, steps: None)
+    monkeypatch.setattr(sample, "save_noise_strip",
+                        lambda path, trained, steps: seen.update(of_strip=steps))
     settings = settings_of(n_sheet=3, sample_steps=5, churn=7.0)
     run("--stage", "2", "--steps", "2", "--seed", "4", out=copied)
     train.first_sampling(dataclasses.replace(settings, seed=4), copied, "cpu")
-    assert seen == dict(n=3, steps=5, seed=4, churn=7.0, nearest=True)
+    assert seen == dict(n=3, steps=5, seed=4, churn=7.0, nearest=True, of_strip=5)
+
+
+def test_main_hands_the_flags_on_to_both_stages_and_to_the_first_sampling(tmp_path, monkeypatch):
+    seen = []
+
+    def stage1(settings, dataset, folder, device, source, resume):
+        seen.append((settings.seed, dataset.n_objects, folder, device, source, resume))
+
+    def stage2(settings, folder, device, resume, given):
+        seen.append((settings.seed, folder, device, resume, given))
+
+    def sampling(settings, folder, device):
+        seen.append((settings.seed, folder, device))
+        return []
+
+    monkeypatch.setattr(train, "run_stage1", stage1)
+    monkeypatch.setattr(train, "run_stage2", stage2)
+    monkeypatch.setattr(train, "first_sampling", sampling)
+    monkeypatch.setattr(sample, "choose_device", lambda name: f"the {name}")
+    run("--device", "gpu", "--seed", "7", out=tmp_path, resume=True)
+    assert seen == [(7, 4, tmp_path, "the gpu", "synthetic", True),
+                    (7, tmp_path, "the gpu", True, ()), (7, tmp_path, "the gpu")]
+    seen.clear()
+    run("--stage", "2", "--batch-size", "2", out=tmp_path)
+    (_, _, _, resume, given), = seen
+    assert not resume and {"batch_size", "channels"} <= given
+
+
+def test_both_readings_train_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "FAMILIES", (data.make_chair,))    # all that the first reading has
+    monkeypatch.setattr(train, "first_sampling", lambda *_: [])
+    flags = "--steps", "3", "--window", "0", "--seed", "3", "--holdout", "2"
+    run(*flags, out=tmp_path / "below")
+    _, settings = train.parse([*DATA, *DECODER, *DENOISER, *flags])
+    train.learn(settings, tmp_path / "above")
+    for stage, keys in ((1, ("model",)), (2, ("ema",))):
+        above = torch.load(tmp_path / "above" / f"stage{stage}.pt", weights_only=True)
+        below = sample.load_checkpoint(tmp_path / "below", stage)
+        for key in keys:
+            assert same(above[key], below[key]), key
+        assert above["step"] == below["step"] == 3
+        for key in {"names", "m", "s"} & above.keys():
+            assert above[key] == below[key], key
+
+
+def test_a_line_of_the_log_has_the_means_since_the_last_line(tmp_path):
+    log = train.Log(tmp_path, 1, 0, 5, 2)
+    for step, loss, error in ((1, 1.0, 0.1), (2, 3.0, 0.3), (3, 5.0, 0.01), (4, 7.0, 0.01),
+                              (5, 9.0, 1.0)):
+        log.add(step, loss, error)
+    rows = log_rows(tmp_path)[1:]
+    assert [row[:3] for row in rows] == [["1", "2", "2"], ["1", "4", "6"], ["1", "5", "9"]]
+    assert [float(row[3]) for row in rows] == pytest.approx([6.990, 20.0, 0.0], abs=1e-3)
+
+
+def test_scores_go_with_the_stage_1_that_they_were_measured_on(copied):
+    train.add_metrics(copied, train.Settings(), fd=1.0)
+    run("--stage", "1", "--steps", "6", out=copied, resume=True)
+    metrics = train.read_metrics(copied)
+    assert "fd" not in metrics and metrics["steps_stage1"] == 6
+    train.add_metrics(copied, train.Settings(), steps_stage2=7)
+    run("--stage", "1", "--steps", "2", out=copied)              # another one, from the beginning
+    assert "steps_stage2" not in train.read_metrics(copied)
 
 
 def test_black_pictures_score_as_their_error_says():
@@ -601,6 +754,38 @@ def test_resuming_with_other_settings_names_the_flag(copied):
         run("--stage", "2", "--unet-multipliers", "1,1,1,1", out=copied)
 
 
+def another(value):
+    """Some other value of a setting's type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    return "another" if isinstance(value, str) else (*value, 9)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_every_setting_that_made_a_checkpoint_must_be_the_same_to_go_on(stage):
+    groups = ("data", "decoder", "stage 1", "moving", None) if stage == 1 else ("stage 2", "text")
+    names = [name for name in train.fields_of(*groups) if not name.startswith("steps_")]
+    settings = settings_of()
+    for name in names + ["seed"]:
+        theirs = vars(settings) | {name: another(getattr(settings, name))}
+        with pytest.raises(data.BadInput, match=f"{train.flag(name)} is"):
+            if stage == 1:
+                train.resume_stage1(settings, None, None, "x", {"settings": theirs}, "")
+            else:
+                train.resume_stage2(settings, None, "x", {"settings": theirs})
+
+
+def test_resuming_brings_back_both_sources_of_random_numbers():
+    state = argparse.Namespace(generator=torch.Generator().manual_seed(3), seconds=0.0,
+                               optimizer=torch.optim.Adam([torch.zeros(1)]))
+    kept = train.for_resuming(state)["random"]
+    before = torch.rand(1, generator=state.generator), torch.rand(1)
+    train.restore_randomness(state, kept)
+    assert before == (torch.rand(1, generator=state.generator), torch.rand(1))
+
+
 def test_training_anew_keeps_the_earlier_checkpoint(copied):
     before = weights(copied, 1)["linear.weight"]
     run("--stage", "1", "--steps", "2", "--seed", "5", out=copied)
@@ -622,6 +807,8 @@ def test_stage_2_of_another_stage_1_is_refused(copied):
     run("--stage", "1", "--steps", "2", "--seed", "5", out=copied)
     with pytest.raises(data.BadInput, match="another stage 1"):
         sample.open_run(copied)
+    with pytest.raises(data.BadInput, match="another stage 1; run without --resume"):
+        run("--stage", "2", "--steps", "4", out=copied, resume=True)
 
 
 def test_stage_2_on_the_stage_1_of_another_run(stage1, tmp_path):
@@ -755,7 +942,8 @@ def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path, monkeypat
 
 
 def test_one_object_has_no_distribution_to_learn(tmp_path):
-    run("--stage", "1", "--n-objects", "1", "--steps", "1", out=tmp_path)
+    run("--n-objects", "1", "--steps", "1", out=tmp_path)
+    assert not (tmp_path / "stage2.pt").exists()                 # left out, and no mistake
     with pytest.raises(data.BadInput, match="one object has none"):
         run("--stage", "2", "--n-objects", "1", "--steps", "2", out=tmp_path)
 
@@ -823,6 +1011,15 @@ def test_density_and_detail_come_in_when_they_should_and_one_part_becomes_many()
         assert int(state.posenet.active) == active
 
 
+def test_levels_of_detail_come_in_one_after_the_other_the_finest_last():
+    settings, state = moving_state()
+    settings = dataclasses.replace(settings, detail=(0.1, 0.3, 0.4, 0.8))
+    for step, coarse, fine in ((20, 0.5, 0), (40, 1, 0), (60, 1, 0.5), (80, 1, 1)):
+        state.step = step
+        train.follow_schedule(settings, state)
+        assert state.autodecoder.detail[-2:].tolist() == pytest.approx([coarse, fine])
+
+
 def test_gradients_of_either_network_are_clipped_by_themselves(monkeypatch):
     norms = []
     clip = torch.nn.utils.clip_grad_norm_
@@ -863,6 +1060,47 @@ def test_the_mean_of_2d_points_is_fixed_once_it_has_settled(tmp_path):
     for settle_at, batches in (("0.5", 5), ("1.0", 8)):
         run(*PUPPETS, "--stage", "1", "--steps", "8", "--settle-at", settle_at, out=tmp_path)
         assert weights(tmp_path, 1, "posenet")["batches"] == batches      # that went into the mean
+
+
+def test_a_moving_run_keeps_the_poses_of_its_first_clip_and_is_looked_at_from_ahead(tmp_path):
+    run(*PUPPETS, "--stage", "1", "--steps", "2", out=tmp_path)
+    trained = sample.open_run(tmp_path, stages=(1,))
+    dataset = data.load_for(trained.data_settings, "puppets")
+    expected = sample.cameras_of(trained, dataset, dataset.frames_of(0, heldout=False))
+    torch.testing.assert_close(trained.poses, expected)
+    assert trained.poses.std(0).max() > 0 and trained.source == "puppets"
+    assert trained.view == {"distance": 12.0, "elevation": 0.0}
+
+
+def test_the_loss_of_learned_cameras_is_its_parts_weighted(monkeypatch):
+    dataset = data.load("puppets", 32, n_objects=2, n_views=3)
+    seen = []
+
+    def posenet(pictures, settled):
+        seen.append(pictures)
+        losses = {"reprojection": 7.0, "centre": 11.0, "distance": 13.0}
+        return torch.zeros(6, 1, 4, 4), torch.arange(6), losses
+
+    def equivariance(points2d, pictures, u, generator):
+        assert points2d == "points2d" and u.tolist() == [0, 3]   # of one view of each object
+        assert torch.equal(pictures, seen[0][[0, 3]])
+        return 17.0
+
+    posenet.points2d = "points2d"
+    monkeypatch.setattr(train.autodecoder, "equivariance_loss", equivariance)
+    settings = settings_of(reprojection_weight=2.0, equivariance_weight=3.0)
+    state = argparse.Namespace(posenet=posenet, device="cpu", step=0, generator=None)
+    frames = torch.arange(6).view(2, 3)
+    cameras, loss = train.learned_cameras(settings, state, dataset, frames)
+    assert loss == 2 * 7 + 11 + 13 / 2 + 3 * 17 and cameras.shape == (2, 3, 1, 4, 4)
+    assert torch.equal(seen[0], dataset.batch(torch.arange(6), 32)[0])
+
+
+def test_the_mean_of_a_clips_training_frames_is_what_held_out_ones_are_compared_with():
+    dataset = data.load("puppets", 16, 6, n_objects=2, n_views=6)
+    dataset.images[:] = torch.tensor([0.2, 0.4, 0.4, 0.4, 0.6, 0.8]).repeat(2).mul(255).view(
+        12, 1, 1, 1).byte()
+    assert train.score_mean_frame(dataset) == pytest.approx(-10 * math.log10(0.4**2), abs=1e-3)
 
 
 def test_the_body_is_measured_from_what_is_nearly_always_covered():
