@@ -10,8 +10,8 @@ the gradient flows all the way back: into the network, and into the row of this 
     e (1024) -> Linear -> 4^3 x 512 -> 8^3 x 256 = latent -> 16^3 -> 32^3 -> 64^3 -> density, rgb
     |____________ G1: decode_latent ____________________| |_________ G2: decode_volume _________|
 
-Each arrow from one side to the next is a level: residual blocks, the first of which doubles the
-side and halves the channels; at 8^3 and 16^3 also self-attention. After stage 1, G is frozen. Stage
+Each arrow that doubles a side is a level: residual blocks, the first of which doubles the side
+and halves the channels; at 8^3 and 16^3 also self-attention. After stage 1, G is frozen. Stage
 2 learns how latents (the paper's F) are distributed; a new object is a new latent, decoded by G2.
 
 Shapes: B objects, C channels, D = H = W the side of a volume.
@@ -48,7 +48,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.upsample = upsample
         if upsample:
-            # OURS: a transposed convolution, which doubles the side and convolves in one step.
+            # OURS: instead of the first 3x3x3, a transposed 4x4x4, which also doubles the side.
             self.conv1 = nn.ConvTranspose3d(c_in, c_out, 4, stride=2, padding=1, bias=False)
         else:
             self.conv1 = nn.Conv3d(c_in, c_out, 3, padding=1, bias=False)
@@ -103,7 +103,7 @@ class AutoDecoder(nn.Module):
     """G(e) = G2(G1(e)), drawn on top of this file. Defaults: PAPER, for ShapeNet Chairs (Tab. 5).
 
     embedding    a module: object numbers k (B,) int64 -> e (B, embed_dim)
-    embed_dim    length of e; with 64, pictures get worse than by any other change (PAPER: Tab. 2)
+    embed_dim    length of e; PAPER: 64 costs more than any other change that was tried (Tab. 2)
     channels     features of the first volume, whose side is start_side
     latent_side  where G is cut into G1 and G2; any side from start_side to volume_side will do
     depth        residual blocks of a level     attention  sides whose level ends with attention
@@ -122,6 +122,7 @@ class AutoDecoder(nn.Module):
         self.volume_side = volume_side
         # AMBIGUOUS: where G1 ends. The paper says "after the first upsampling block". OURS: after
         # the whole level of that side, all its blocks and its attention: a cut between two sides.
+        # Where it is the first volume's side, G1 has no level, only the linear layer.
         self.cut = self.sides.index(latent_side)     # levels[:cut] are G1's, levels[cut:] are G2's
         self.latent_shape = (widths[self.cut], latent_side, latent_side, latent_side)
         self.embedding = embedding
@@ -172,8 +173,8 @@ class AutoDecoder(nn.Module):
 
     def activate(self, raw):
         """The last step of G2, same shape: density >= 0 per world unit, colours in [0, 1]."""
-        # OURS: where the network says 0 there is thin fog: softplus(-3) = 0.05 a voxel. TRAP: in
-        # dense fog the front hides all that lies behind, and what is hidden does not learn.
+        # OURS: where the network says 0 there is thin fog, of optical thickness softplus(-3) = 0.05
+        # a voxel. TRAP: dense fog hides all that lies behind it, and what is hidden cannot learn.
         # A voxel is 2 / D world units wide: so one output makes voxels equally opaque at every D.
         density = F.softplus((raw - 3)[:, :1]) * (self.volume_side / 2)
         rgb = torch.sigmoid(raw[:, 1:])

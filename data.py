@@ -64,7 +64,7 @@ class Box:
     half: torch.Tensor           # (3,) half its width, height, depth
     colour: tuple                # rgb in [0, 1]
     rotation: torch.Tensor       # (3, 3)
-    sides: torch.Tensor = torch.eye(3)   # (sides, 3): marks the squares that sum to 1 on a side
+    sides: torch.Tensor = torch.eye(3)   # (3, 3): of a box, x^2 = 1, y^2 = 1 or z^2 = 1 on a side
 
     def cross(self, o, d):
         """Where rays o + t d, in unit coordinates, enter and leave x^2, y^2, z^2 <= 1: t (R, 3)."""
@@ -133,7 +133,7 @@ def raytrace(parts, cam2world, intrinsics, size, supersample=3):
         # colour, from wherever it is seen, as in the paper's volumes.
         normal = normal_at(part, o[seen] + t[seen, None] * d[seen])
         cosine = (normal * LIGHT).sum(1)                 # negative where the light does not reach
-        shade = AMBIENT + (1 - AMBIENT) * cosine         # 0.3 to 1: nothing is black
+        shade = AMBIENT + (1 - AMBIENT) * cosine         # 0.3 to 1, not clamped: no side is flat
         rgb[seen] = shade[:, None] * torch.tensor(part.colour).float()
     rgba = torch.cat([rgb, nearest.isfinite()[:, None]], 1)
     return rgba.reshape(-1, size, supersample, size, supersample, 4).mean((2, 4))
@@ -172,7 +172,8 @@ def make_chair(rng, add_legs=four_legs):
     parts = [box((0, y, 0), (x, thick, z), main)]
     parts += add_legs(rng, x, z, y - thick, second)
     lean = -rng.uniform(0, .15)                          # radians: the back's top leans backwards
-    pieces = [(0, height / 2, (x, height / 2, .06))]     # of the back: x, y above the seat, half
+    # Of the back, pieces: how far sideways and up from the seat, and half width, height, depth.
+    pieces = [(0, height / 2, (x, height / 2, .06))]     # one plate
     if rng.random() < .4:                                # instead, three or four slats and a rail
         pieces = [(place * (x - .055), height / 2, (.055, height / 2, .055))
                   for place in np.linspace(-1, 1, rng.integers(3, 5))]
@@ -211,7 +212,8 @@ def cameras_all_round(n_views, rng):
 
 
 def load_synthetic(size, holdout=6, seed=0, n_objects=128, n_views=24):
-    """Frames of n_objects chairs, n_views each; every holdout-th view is held out, 0: none.
+    """Frames of n_objects chairs, n_views each; every holdout-th view is held out, 0: none. (What
+    `python train.py` learns has tables and vehicles, too: second reading.)
 
     Chair k depends on k and the seed alone, so a larger set begins with the same chairs.
     """

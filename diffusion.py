@@ -7,9 +7,11 @@ with its symbols; the network is ADM's U-Net (Dhariwal and Nichol 2021), every o
     x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps     x = y + sigma n: y keeps its size, n ~ N(0, 1)
     a step number t from 1 to 1000                the noise level sigma itself, from 0.002 to 80
     the network answers the noise eps             the denoiser D(x; sigma) answers the clean y
-    1000 random steps                             64 steps along a curve from sigma 80 to 0
+    1000 random steps                             64 steps, each of two calls of D, along a curve
+                                                  from sigma 80 to 0, with a little fresh noise
 
-TRAP: the paper's latent is called F, too. Here it is y, or x with noise, and F is the U-Net.
+TRAP: the paper's latent is called F, too, and so is torch's functional in other files. Here the
+latent is y, normalized, or x with noise, and F is the U-Net. A hat, as in EDM, means "churned".
 Shapes: B objects, C latent channels, s side of a latent; "as x": in the shape of x.
 Simplified: no dropout, no mixed precision, no augmentation.
 Read next: data.py
@@ -28,7 +30,8 @@ def preconditioning(sigma, sigma_data):
 
     F alone would be fed numbers of size 80 at large sigma, and have to repeat its input at small.
     So c_in x, which it is fed, and (y - c_skip x) / c_out, which it must answer, have variance 1 at
-    every sigma. TRAP: only if y has deviation sigma_data; if a, between 1 and (a / sigma_data)^2.
+    every sigma. TRAP: only if y has deviation sigma_data = 0.5. If it has another, a (here about
+    1), the variances lie between 1 and (a / sigma_data)^2.
     """
     total = sigma**2 + sigma_data**2
     c_skip = sigma_data**2 / total               # 1: little noise, keep x; 0: all noise, drop it
@@ -106,10 +109,11 @@ def edm_sampler(denoise, noise, steps, S_churn=40, S_min=0.05, S_max=50, S_noise
 
     At sigma 80, data would hardly show: begin with noise alone. Let sigma fall to 0, and x follow
     dx/dsigma = (x - D(x; sigma)) / sigma: to halve sigma is to go half of the way to the guess D.
-    All x together stay distributed as y + sigma n: (D - x) / sigma^2 is their score (EDM, Eq. 3).
+    All x together stay distributed as y + sigma n. (x - D) / sigma is what DDPM calls eps.
     denoise    any callable (x float64, sigma a float) -> D, as x     steps  PAPER: 64, or 16, 32
     S_churn    how much churn, at sigmas from S_min to S_max; 0: none. PAPER: some. AMBIGUOUS: how
-               much. OURS: EDM's for ImageNet-64. S_noise > 1: D takes away a little too much noise
+               much. OURS: EDM's for ImageNet-64 (256 steps; up to 96 the cap below decides)
+    S_noise    > 1, as D takes away a little too much noise
     generator  of the churn, see fresh_noise     watch  None, or called with (step, sigma, D)
     """
     sigmas = sigma_steps(steps, sigma_min, sigma_max, rho).tolist()
@@ -156,10 +160,12 @@ def fresh_noise(x, generator):
 
 class UNet3D(nn.Module):
     """F(x; c_noise), ADM's U-Net: x (B, C, s, s, s), c_noise (B,) -> as x. Arguments: see Denoiser.
-    Below, two multipliers and depth 2, at s = 8; each `block` of the right half is also handed what
-    a module of the left half has made (skip connections), the latest first:
-        8^3   first  block  block                                     block  block  block  last
-        4^3                        down  block  block  middle  middle  block  block  block  up
+    In this order, for two multipliers and depth 2, at s = 8:
+        8^3   first  block  block
+        4^3   down   block  block  middle  middle  block  block  block
+        8^3   up     block  block  block   last
+    Each `block` behind the middle ones is also handed what a module before them has made (skip
+    connections), the latest first.
     """
 
     def __init__(self, latent_shape, channels, multipliers, depth, attention):
@@ -237,7 +243,8 @@ class UNetBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """x (B, C, s, s, s) -> x + proj(softmax(q k^T / sqrt(c)) v), as in autodecoder.py."""
+    """x (B, C, s, s, s) -> x + proj(softmax(q k^T / sqrt(c)) v), as in autodecoder.py, but for the
+    norm, and q apart from k and v, which may also come from text."""
 
     def __init__(self, channels):
         super().__init__()
@@ -265,7 +272,7 @@ def group_norm(channels):
 
 
 def zero_init(layer):
-    """A layer that starts at 0, so that the block around it starts as the identity."""
+    """A layer that starts at 0, so that a block starts as its shortcut, and the U-Net answers 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

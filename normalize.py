@@ -65,11 +65,12 @@ class RobustNormalizer(nn.Module):
 
 
 def measure(rows, mode):
-    """m and s of each row: rows (G, M) -> (G,) each. torch.quantile takes 16 million at most."""
+    """m and s of each row: rows (G, M) -> (G,) each."""
     if mode == "none":
         return torch.zeros_like(rows[:, 0]), torch.ones_like(rows[:, 0])
     if mode == "meanstd":
         return rows.mean(1), rows.std(1)
+    # numpy, for torch.quantile refuses more than 16 million numbers.
     quartiles = np.quantile(rows.cpu().numpy(), [0.25, 0.5, 0.75], axis=1)
     q25, median, q75 = torch.from_numpy(quartiles)
     return median, 0.7413 * (q75 - q25)                     # 1 / 0.7413 is the IQR of N(0, 1)

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 def orbit(azimuth, elevation, distance):
     """Cameras on a sphere around the origin that look at it, y up: cam2world (..., 4, 4).
 
-    azimuth, elevation  radians, floats or (...,); azimuth 0 is in front (+z), pi/2 right (+x);
-                        elevation > 0 is above        distance  world units, float or (...,)
+    azimuth, elevation  radians, floats or (...,); azimuth 0 is in front (+z), pi/2 right (+x)
+    distance            world units, float or (...,)
     """
     azimuth = torch.as_tensor(azimuth)
     elevation = torch.as_tensor(elevation, device=azimuth.device)
@@ -106,7 +106,8 @@ def integrate(density, rgb, edges):
     if edges.shape != (*rays, S + 1):
         raise ValueError(f"edges must be {(*rays, S + 1)}, got {tuple(edges.shape)}")
     # TRAP: the last interval ends with the cube. NeRF's endless one (1e10) makes thin fog a wall.
-    tau = density * edges.diff(dim=-1)                  # tau_i = density_i dt_i, optical thickness
+    dt = edges.diff(dim=-1)                             # of intervals, not from sample to sample
+    tau = density * dt                                  # tau_i = density_i dt_i, optical thickness
     # TRAP: interval i is dimmed by those before it and not by itself: shift before exp.
     tau_through = tau.cumsum(-1)                        # sum_{j <= i} tau_j
     tau_before = F.pad(tau_through[..., :-1], (1, 0))   # sum_{j < i} tau_j, which begins with 0
@@ -154,7 +155,8 @@ def place_samples(near, far, n_samples, generator=None):
 
 def sample_volume(volume, points):
     """Trilinear interpolation: volume (B, C, D, H, W), points (B, ..., 3) -> (B, ..., C)."""
-    # Outside is nothing: values fade from the outer voxels' centres on, to half of them on a face.
+    # Outside is nothing: on a face of the cube values are half of the outer voxel's, half a voxel
+    # farther out they are 0.
     # TRAP: grid_sample takes (x, y, z) and indexes the LAST axis with x: hence volumes (z, y, x).
     # Objects that are symmetric would hide a swap.
     grid = points.reshape(len(points), 1, 1, -1, 3)     # grid_sample wants (B, depth, rows, n, 3)

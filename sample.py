@@ -3,12 +3,12 @@
     python sample.py --run runs/tiny-synthetic --n 8
 
     noise -- sample_latents --> latent F -- decode --> volume -- render_views --> pictures
-             64 Heun steps                  G2                   from a turntable
+             64 Heun steps (toys: 32)       G2                   from a turntable
 
 Paper: Sec. 3.3 and App. C.2. Embeddings and G1 take no part: they have made the latents that
 diffusion learned from. A new object has no embedding, and there was never a photo of it.
 Shapes: n objects, V views, C channels, T frames of a film; volumes (4, D, H, W).
-Read next: tests/, which say in closed forms what the other files promise.
+Read next: tests/, where each promise of these files meets an answer that is known.
 """
 import math
 import os
@@ -127,7 +127,7 @@ def save_samples(trained, folder, n=8, steps=64, seed=0, churn=40.0):
     noise = latent_noise(trained, n, seed)                             # (n, C, s, s, s)
     latents = sample_latents(trained, noise, steps, churn, seed)       # (n, C, s, s, s)
     volumes = decode(trained, latents)                                 # (n, 4, D, H, W)
-    azimuths = [0.6 + 2 * math.pi * t / FRAMES for t in range(FRAMES)]
+    azimuths = [0.6 + 2 * math.pi * t / FRAMES for t in range(FRAMES)]     # 0.6: from half aside
     rgb, occupancy = render_views(trained, volumes, azimuths, SIDE)    # (n, T, ..., SIDE, SIDE)
     views = rgb + 1 - occupancy                # over white: black would swallow dark objects
     film = torch.cat(list(views), -1)          # side by side: (T, 3, SIDE, n SIDE)

@@ -637,7 +637,9 @@ def test_the_pose_is_where_the_reprojection_error_is_least():
     assert d.grad.abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("flat, distance", [(None, 12.0), (None, 3.0), ("tilted", 3.0)])
+@pytest.mark.parametrize("flat, distance", [
+    (None, 12.0), pytest.param(None, 3.0, marks=pytest.mark.slow),
+    pytest.param("tilted", 3.0, marks=pytest.mark.slow)])
 def test_gradients_match_finite_differences(flat, distance):
     X, x, _, _ = scene(1, 10, distance, 1.0, flat, seed=3)
     x = x + 0.002 * torch.randn(x.shape, dtype=F64, generator=torch.Generator().manual_seed(0))
@@ -656,7 +658,7 @@ def test_gradients_stop_growing_where_predictions_collapse():
         assert to_X.max() < 1e3 and to_x.max() < 1e4, collapse
 
 
-@pytest.mark.parametrize("K", [4, 30])
+@pytest.mark.parametrize("K", [4, pytest.param(30, marks=pytest.mark.slow)])
 def test_no_input_gives_a_number_that_is_not_finite(K):
     g = torch.Generator().manual_seed(0)
     n = 250

@@ -165,6 +165,7 @@ def test_a_row_that_wants_samples_goes_on_with_the_stage_1_of_one_that_did_not(t
     assert math.isfinite(metrics["fd"]) and not {"fd_direct", "empty"} & set(metrics)
 
 
+@pytest.mark.slow
 def test_special_latents_and_other_samples_share_one_stage_1(tmp_path, capsys):
     reference = Trial("reference", SMALL, seeds=(0,))
     try_claim(
