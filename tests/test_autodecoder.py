@@ -292,6 +292,7 @@ def test_pyramid_loss_by_hand():
     # Full size: pixels 1/2, steps along x 1, along y 0; halved twice: pixels 1/2 each, no steps.
     assert autodecoder.pyramid_loss(same, stripes, 0 * a).item() == pytest.approx(2.5)
     assert autodecoder.pyramid_loss(same, stripes.mT, 0 * a).item() == pytest.approx(2.5)
+    assert autodecoder.pyramid_loss(same, 0 * a, stripes).item() == pytest.approx(2.5)
     with pytest.raises(ValueError, match="rendered .* true"):
         autodecoder.pyramid_loss(same, a, b[:1])
 

@@ -898,9 +898,18 @@ def test_a_folder_of_many_objects_is_many_objects_in_order(shots, tmp_path):
         write_transforms(tmp_path / name, *shots)
     d = data.load(tmp_path, 32)
     assert d.names == ["a", "b"] and d.object_index.bincount().tolist() == [12, 12]
+    assert d.layout == "NeRF transforms" and not d.moving            # frames they are not
+    assert d.images.shape == (24, 32, 32, 3)
     assert data.load(tmp_path, 32, objects="b").names == ["b"]
     with pytest.raises(BadInput, match="no object c; there are: a, b"):
         data.load(tmp_path, 32, objects="b,c")
+
+
+def test_objects_are_named_by_where_they_lie_below_the_folder(shots, tmp_path):
+    for name in ("chair/a", "table/a"):
+        write_transforms(tmp_path / name, *shots)
+    assert [one.name for one in data.find(tmp_path, 1)] == ["chair/a", "table/a"]
+    assert [one.name for one in data.find(tmp_path / "chair", 1)] == ["a"]
 
 
 BAD_CAPTIONS = [

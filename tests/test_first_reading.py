@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import mutants
+
 ROOT = Path(__file__).resolve().parents[1]
 RULE = "# ==== Second reading"
 FILES = ["render", "data", "autodecoder", "normalize", "diffusion", "sample", "train"]
@@ -106,3 +108,27 @@ def test_no_file_imports_what_judges_it_and_all_import_in_order(name):
     judges = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"tests"}
     assert not imported & judges
     assert imported & set(FILES) <= set(FILES[:FILES.index(name)])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_wrong_line_stands_for_one_line_that_is_there_and_is_a_program(name):
+    text = (ROOT / f"{name}.py").read_text()
+    wrong_lines = [mutant for mutant in mutants.MUTANTS if mutant[0] == name]
+    assert len(wrong_lines) >= 8
+    for _, right, wrong in wrong_lines:
+        assert text.count(right) == 1 and right != wrong, right
+        compile(text.replace(right, wrong), name, "exec")
+
+
+def test_half_of_the_wrong_lines_are_in_what_connects_the_parts():
+    """In train.py, sample.py, and those functions of data.py that load what the flags name."""
+    wiring = {"load", "load_for", "find", "find_coil", "find_photos", "gather", "last_of"}
+    lines = (ROOT / "data.py").read_text().splitlines()
+    loading = ""
+    for node in ast.parse("\n".join(lines)).body:
+        if isinstance(node, ast.FunctionDef) and node.name in wiring:
+            loading += "\n".join(lines[node.lineno - 1:node.end_lineno]) + "\n"
+    connected = [name for name, right, _ in mutants.MUTANTS
+                 if name in ("train", "sample") or name == "data" and right in loading]
+    assert len(mutants.MUTANTS) >= 98 and 2 * len(connected) >= len(mutants.MUTANTS)
+    assert connected.count("data") >= 10

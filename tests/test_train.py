@@ -670,10 +670,10 @@ def test_a_line_of_the_log_has_the_means_since_the_last_line(tmp_path):
 
 
 def test_scores_go_with_the_stage_1_that_they_were_measured_on(copied):
-    train.add_metrics(copied, train.Settings(), fd=1.0)
+    train.add_metrics(copied, train.Settings(), fd=1.0, text_colour=1.0)
     run("--stage", "1", "--steps", "6", out=copied, resume=True)
     metrics = train.read_metrics(copied)
-    assert "fd" not in metrics and metrics["steps_stage1"] == 6
+    assert not {"fd", "text_colour"} & set(metrics) and metrics["steps_stage1"] == 6
     train.add_metrics(copied, train.Settings(), steps_stage2=7)
     run("--stage", "1", "--steps", "2", out=copied)              # another one, from the beginning
     assert "steps_stage2" not in train.read_metrics(copied)
@@ -736,6 +736,7 @@ def test_both_stages_resumed_at_once_keep_the_whole_log(tmp_path, monkeypatch):
     assert rows == log_rows(tmp_path / "halves") and len(rows) == 9
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers_and_another_seed_others(stage1, tmp_path):
     for seed in ("0", "2"):
         run("--stage", "1", "--steps", "4", "--seed", seed, out=tmp_path / seed)
@@ -812,6 +813,7 @@ def test_stage_2_of_another_stage_1_is_refused(copied):
         run("--stage", "2", "--steps", "4", out=copied, resume=True)
 
 
+@pytest.mark.slow
 def test_stage_2_on_the_stage_1_of_another_run(stage1, tmp_path):
     run("--stage", "2", "--steps", "2", "--decoder", str(stage1), out=tmp_path / "b")
     assert not (stage1 / "stage2.pt").exists()
@@ -883,8 +885,9 @@ def test_peak_memory_is_in_bytes_on_macos_and_in_kibibytes_elsewhere(monkeypatch
     assert train.peak_memory_gib() == 3
 
 
-@pytest.mark.parametrize("script, flag", [("train", "--clip-filter"), ("sample", "--interpolate"),
-                                          ("data", "--holdout"), ("tests/evaluate", "--views")])
+@pytest.mark.parametrize("script, flag", [
+    ("train", "--clip-filter"), pytest.param("sample", "--interpolate", marks=pytest.mark.slow),
+    pytest.param("data", "--holdout", marks=pytest.mark.slow), ("tests/evaluate", "--views")])
 def test_help_lists_the_flags(script, flag):
     done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True,
                           text=True)
