@@ -720,6 +720,7 @@ class KeypointNet(nn.Module):
         self.heat = nn.Conv2d(2 * width, n_points, 1)
 
     def forward(self, frames):
+        """frames (n, 3, 64, 64) in [0, 1] -> 2D points (n, n_points, 2) in half widths."""
         x = 2 * frames - 1
         skips = []
         for layer in self.down:

@@ -202,6 +202,7 @@ class UNet3D(nn.Module):
                                   zero_init(nn.Conv3d(c, c_latent, 3, padding=1)))
 
     def forward(self, x, c_noise, *told):
+        """Down, through the middle and up again. told: more for the blocks, see Denoiser."""
         angles = c_noise[:, None] * self.freqs                              # (B, channels / 2)
         emb = self.embed(torch.cat([angles.cos(), angles.sin()], dim=1))    # (B, c_emb)
         x = self.first(x)
