@@ -237,16 +237,21 @@ def load_synthetic(size, holdout=6, seed=0, n_objects=128, n_views=24):
 
 # ==== Second reading: other objects, what moves, photos and clips =================================
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
 import difflib  # noqa: E402
+import hashlib  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
+import os  # noqa: E402
 import re  # noqa: E402
 import struct  # noqa: E402
 import sys  # noqa: E402
 from collections import Counter  # noqa: E402
+from dataclasses import field  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import imageio.v3 as iio  # noqa: E402
+import imageio_ffmpeg  # noqa: E402
 
 from render import project  # noqa: E402
 
@@ -296,6 +301,7 @@ class Dataset(Frames):
     truth: dict = None           # how puppets moved, for the same
     moving: bool = False         # whether what is seen moves before one camera, fixed_camera's:
                                  # of clips it is assumed
+    remarks: list = field(default_factory=list)          # lines: what is used, and looks odd
 
     def batch(self, index, size):
         """As Frames.batch, of any size up to the frames'. Where it is less they are averaged over
@@ -305,8 +311,61 @@ class Dataset(Frames):
         return super().batch(index, size)
 
 
-class LeftOut(Exception):
-    """One object cannot be used, while the others can: str() is the reason, which `load` counts."""
+# What damaged or foreign files raise when they are read. (numpy's LinAlgError is a ValueError.)
+FAULTS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError,
+          RecursionError, struct.error)
+
+
+@dataclass
+class Reading:
+    """How a source is to be read, and what was found out on the way, for people to read."""
+    size: int                    # side of the pictures that are wanted, in pixels
+    root: str = ""               # the source's folder: names in what is said begin below it
+    as_clips: bool = False       # whether folders of frames, and strips of them, are clips
+    clip_filter: bool = False    # see clip_object
+    max_megapixels: float = 64.0         # of a picture
+    max_frames: int = 2000       # of an object
+    losses: list = field(default_factory=list)           # (kind, number, reason): what is not used
+    remarks: list = field(default_factory=list)          # what is used, and looks odd
+
+    def leave_out(self, kind, reason, number=1):
+        """So many of a kind, such as "view", are not used; this is why."""
+        if number > 0:
+            self.losses.append((kind, number, self.shortened(reason)))
+
+    def remark(self, line):
+        """Something looks odd; it is said once."""
+        line = self.shortened(line)
+        if line not in self.remarks:
+            self.remarks.append(line)
+
+    def shortened(self, text):
+        """The text on one line, with names that begin below the source's folder."""
+        text = " ".join(text.split())
+        return text.replace(f"{self.root}{os.sep}", "").replace(f"{self.root}: ", "")
+
+    @contextlib.contextmanager
+    def trying(self, kind, name):
+        """What turns out to be wrong within costs this view, or object, and no other."""
+        try:
+            yield
+        except BadInput as error:
+            self.leave_out(kind, str(error))
+        except FAULTS as error:
+            self.leave_out(kind, f"{name}: missing, damaged or of another layout ({error!r})")
+
+    def skipped(self):
+        """A line for each kind of loss: how many, and the first three with their reasons."""
+        lines = []
+        for kind in dict.fromkeys(kind for kind, _, _ in self.losses):
+            numbers = [number for one, number, _ in self.losses if one == kind]
+            reasons = [reason for one, _, reason in self.losses if one == kind]
+            what = kind if sum(numbers) == 1 else f"{kind}s"
+            line = f"{sum(numbers)} {what} left out: {'; '.join(reasons[:3])}"
+            if len(reasons) > 3:
+                line += "; ..."
+            lines.append(line)
+        return lines
 
 
 @dataclass
@@ -320,8 +379,8 @@ class Capture:
     truth: dict = None           # how it moved, of puppets
 
 
-def gather(names, captures, holdout, layout, skipped, moving):
-    """N names and Captures -> Dataset; the other arguments are its fields, holdout as in `load`."""
+def gather(names, captures, holdout, layout, reading, moving):
+    """N names and Captures, and what was noted on reading them -> Dataset; holdout as in `load`."""
     object_index, heldout = [], []
     for k, capture in enumerate(captures):
         n_views = len(capture.rgba)
@@ -337,7 +396,7 @@ def gather(names, captures, holdout, layout, skipped, moving):
         intrinsics=torch.cat([capture.intrinsics for capture in captures]),
         object_index=torch.cat(object_index), heldout=torch.cat(heldout),
         names=names, captions=[capture.caption for capture in captures],
-        layout=layout, skipped=skipped, moving=moving)
+        layout=layout, skipped=reading.skipped(), remarks=reading.remarks, moving=moving)
     if captures[0].shapes is not None:
         dataset.shapes = [capture.shapes for capture in captures]
     if captures[0].truth is not None:
@@ -917,11 +976,127 @@ def puppet_object(k, seed, n_views, size, shared_colours=True):
     return Capture(rgba, cam2world, intrinsics, caption, truth=truth)
 
 
+# ---- Files ---------------------------------------------------------------------------------------
+# A stranger's folder holds more than its layout says: what systems leave behind, links that lead
+# nowhere, pictures of 60,000 pixels. Whatever is opened goes through these functions.
+PHOTOS = (".png", ".jpg", ".jpeg")
+VIDEOS = (".mp4", ".gif", ".webm", ".avi", ".mov")
+
+
+def listing(folder):
+    """What lies in a folder, by name: files and folders, but none that are hidden (.DS_Store), and
+    no pipes or devices, which would be waited for forever."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith(".") and (path.is_file() or path.is_dir()):
+            found.append(path)
+    return found
+
+
+def files_in(folder, suffixes):
+    """The files in a folder that end so, in small letters or capitals; [] where it is none."""
+    if not folder.is_dir():
+        return []
+    return [path for path in listing(folder)
+            if path.suffix.lower() in suffixes and path.is_file()]
+
+
+def photos_in(folder):
+    """The photos in its folder images/, or else right in it, by name."""
+    return files_in(folder / "images", PHOTOS) or files_in(folder, PHOTOS)
+
+
+def find_first(folder, names):
+    """The first of these files that is in the folder, or None."""
+    for name in names:
+        path = folder / name
+        if path.is_file():
+            return path
+    return None
+
+
+def read_text(path, most=2 ** 26):
+    """A text file's content. 64 MiB: the cameras of 60,000 photos as JSON."""
+    size = path.stat().st_size
+    if size > most:
+        raise BadInput(f"{path}: {size / 2**20:.0f} MiB of text; no such file has over "
+                       f"{most / 2**20:.0f}")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def read_json(path):
+    """What a JSON file holds."""
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: damaged, or not JSON ({error})") from None
+
+
+def read_array(path, columns):
+    """Rows of `columns` numbers (n, columns) float64, from .npy or text."""
+    try:
+        if path.suffix.lower() == ".npy":
+            # Mapped, not read: a header may promise more numbers than there are in the world.
+            array = np.load(path, mmap_mode="r")
+        else:
+            array = np.array(read_text(path, 2 ** 20).split(), float)
+        if array.size > 10 ** 7:
+            raise ValueError(f"{array.size} numbers")
+        return np.array(array, float).reshape(-1, columns)
+    except (OSError, ValueError, EOFError) as error:
+        raise BadInput(f"{path}: expected rows of {columns} numbers ({error})") from None
+
+
+def picture_shape(path, reading, longest=4):
+    """Height and width of a picture, which its first bytes tell.
+
+    BadInput where there is no picture, where it has over reading.max_megapixels, or where a side is
+    over `longest` times the other: such a strip, made square, would fill the memory.
+    """
+    try:
+        height, width = iio.improps(path, index=0, plugin="pillow").shape[:2]
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except Exception as error:           # decoders raise anything from SyntaxError to OSError
+        raise BadInput(f"{path}: truncated, or not a picture ({error})") from None
+    check_shape(path, height, width, reading, longest)
+    return height, width
+
+
+def check_shape(path, height, width, reading, longest=4):
+    """BadInput where a picture, or a film's frame, is too large or too long."""
+    if height * width > reading.max_megapixels * 1e6:
+        raise BadInput(f"{path}: {width}x{height} pixels; over {reading.max_megapixels:g} million "
+                       "are read with a higher --max-megapixels only")
+    if max(height, width) > longest * min(height, width):
+        raise BadInput(f"{path}: {width}x{height} pixels: no photo is so long")
+
+
+def read_image(path, reading, upright=False, longest=4):
+    """(H, W, 4) uint8; alpha 255 where the file has none; of an animation, the first picture.
+
+    upright  turned as its EXIF orientation says; else pixels as they are stored
+    SIMPLIFIED: 16-bit grey is clipped.
+    """
+    picture_shape(path, reading, longest)
+    try:
+        return iio.imread(path, index=0, mode="RGBA", rotate=upright, plugin="pillow")
+    except Exception as error:           # as above
+        raise BadInput(f"{path}: truncated, or not a picture ({error})") from None
+
+
+def orientation(path):
+    """EXIF's: 1 upright; 3 upside down; 6 its left side is up; 8 its right side is up; the others
+    are mirrored."""
+    metadata = iio.immeta(path, index=0, plugin="pillow", exclude_applied=False)
+    found = metadata.get("Orientation", 1)
+    return found if found in range(1, 9) else 1
+
+
 # ---- Photos: what a layout tells of one view -----------------------------------------------------
 #
 # A photo needs three companions: its mask, its camera's pose, its camera's lens. Every layout tells
 # them in its own way; here each becomes a list of View, and from there one path serves all layouts.
-PHOTOS = (".png", ".jpg", ".jpeg")
 
 # OpenCV's camera: x right, y DOWN, looking along +z. Ours: x right, y up, looking along -z.
 # cam2world @ FLIP leads from either to the other: it turns the axes and keeps the position.
@@ -930,7 +1105,7 @@ FLIP = np.diag([1.0, -1, -1, 1])
 
 @dataclass
 class View:
-    """One photo with its camera, as its layout tells; one whose camera cannot be one is refused."""
+    """One photo with its camera, as its layout tells; read_view refuses what cannot be."""
     image: Path
     pose: np.ndarray                 # (4, 4) cam2world, our camera axes, the layout's own world
     camera: tuple                    # fx, fy, cx, cy in pixels of ...
@@ -938,10 +1113,8 @@ class View:
     lens: tuple = (0, 0, 0, 0)       # k1, k2, p1, p2 of `undistort`
     mask: Path = None                # where the layout names it; None: `find_mask` looks for it
     white_background: bool = False   # what is white is not the object
-
-    def __post_init__(self):
-        check_pose(self.image, self.pose)
-        check_camera(self.image, self.camera, self.camera_size, self.lens)
+    stored: bool = False             # whether the camera is of the pixels as stored, for certain:
+                                     # COLMAP does not turn photos as their EXIF says
 
 
 def check_pose(image, pose):
@@ -973,18 +1146,32 @@ def to_4x4(matrix):
     return np.vstack([matrix, [0, 0, 0, 1]])
 
 
-def find_first(folder, names):
-    """The first of these files that is in the folder, or None."""
-    for name in names:
-        path = folder / name
+# ---- Photos: where files and masks are -----------------------------------------------------------
+# Where a listed photo may lie, tried in this order: {listed} is its name in the layout's file.
+PHOTO_PLACES = ["{listed}", "images/{listed}", "images/{name}", "{name}"]
+
+
+def find_photo(folder, listed):
+    """A photo of a layout's list, which may lack its suffix, or have Windows' separators. Where
+    there is none, the path where it was looked for first."""
+    listed = str(listed).replace("\\", "/")
+    name = listed.split("/")[-1]
+    for place in PHOTO_PLACES:
+        path = folder / place.format(listed=listed, name=name)
         if path.is_file():
             return path
-    return None
+        for suffix in PHOTOS:
+            for spelling in (suffix, suffix.upper()):
+                photo = Path(f"{path}{spelling}")
+                if photo.is_file():
+                    return photo
+    if "." not in name:
+        listed += ".png"
+    return folder / listed
 
 
-# ---- Photos: files and masks ---------------------------------------------------------------------
 # Where the mask of a photo may lie, tried in this order; on the right for scene/images_8/a.jpg.
-# {twin} is the photo's own folder with "mask" for "image"; {stem} and {suffix} are a and .jpg.
+# {twin} is the photos' folder with "mask" for "image"; {stem} and {suffix} are a and .jpg.
 MASK_PLACES = [
     "{twin}/{stem}{suffix}",         # scene/masks_8/a.jpg
     "{twin}/{stem}.png",             # scene/masks_8/a.png
@@ -999,141 +1186,143 @@ MASK_PLACES = [
 
 
 def find_mask(image):
-    """The file of a photo's mask, or None."""
-    scene = image.parent.parent
-    twin = image.parent.name.replace("image", "mask")
-    for place in MASK_PLACES:
-        path = scene / place.format(twin=twin, stem=image.stem, suffix=image.suffix)
-        # In a folder without "image" in its name the twin is the folder itself: those are photos.
-        if path.parent != image.parent and path.exists():
-            return path
+    """The file of a photo's mask, or None.
+
+    Photos may lie a folder deeper: scene/images/cam0/a.jpg has scene/masks/cam0/a.jpg.
+    """
+    for folder in (image.parent, image.parent.parent):   # of the photos
+        scene = folder.parent
+        twin = folder.name.replace("image", "mask")
+        stem = image.relative_to(folder).with_suffix("").as_posix()
+        for place in MASK_PLACES:
+            path = scene / place.format(twin=twin, stem=stem, suffix=image.suffix)
+            # Without "image" in its name the twin is the folder itself: those are photos.
+            if folder not in path.parents and path.is_file():
+                return path
     return None
 
 
-def photos_in(folder):
-    """The photos in its folder images/, or else right in it, by name; [] where it is no folder."""
-    paths = list(folder.glob("images/*"))
-    if not paths:
-        paths = folder.glob("*")
-    return sorted(path for path in paths if path.suffix.lower() in PHOTOS)
+def read_mask(path, shape, reading):
+    """(H, W) bool of a file: its own alpha, if that says anything, or else what is bright.
+
+    A mask of other size and the same shape as its photo, (height, width), is made as large.
+    """
+    mask = read_image(path, reading)
+    red, green, blue, alpha = mask.transpose(2, 0, 1)
+    inside = alpha if has_mask(mask) else np.maximum(np.maximum(red, green), blue)
+    height, width = shape
+    if inside.shape != shape:
+        if abs(inside.shape[1] * height / (inside.shape[0] * width) - 1) > 0.02:
+            raise BadInput(f"{path}: mask of {inside.shape}, photo of {shape} pixels; if one of "
+                           "them is turned by EXIF, turn its pixels for good")
+        plane = torch.from_numpy(inside)[None, None].float()
+        inside = F.interpolate(plane, size=shape, mode="area")[0, 0].numpy()
+    return inside > 127
 
 
-def read_array(path, columns):
-    """Rows of `columns` numbers (n, columns) float64, from .npy or text."""
-    try:
-        if path.suffix == ".npy":
-            array = np.load(path)
-        else:
-            array = np.array(path.read_text().split(), float)
-        return array.astype(float).reshape(-1, columns)
-    except (OSError, ValueError, EOFError) as err:
-        raise BadInput(f"{path}: expected rows of {columns} numbers ({err})")
-
-
-def read_image(path):
-    """(H, W, 4) uint8; alpha 255 where the file has none. SIMPLIFIED: 16-bit grey is clipped."""
-    try:
-        return iio.imread(path, mode="RGBA")
-    except Exception as err:             # decoders raise anything from SyntaxError to OSError
-        raise BadInput(f"{path}: missing, truncated or not an image ({err})")
-
-
-def read_masked(path, mask=None):
+def read_masked(path, reading, mask=None, upright=False):
     """(H, W, 4) uint8 of a photo; alpha is its mask, if one is given, or found beside it."""
-    image = read_image(path)
+    image = read_image(path, reading, upright)
     mask = mask or find_mask(path)
-    if mask is None:
-        return image
-    brightness = read_image(mask)[..., :3].max(-1)                   # (H, W)
-    if brightness.shape != image.shape[:2]:
-        raise BadInput(f"{mask}: mask of {brightness.shape} pixels, photo of {image.shape[:2]}")
-    image[..., 3] = 255 * (brightness > 127)
+    if mask is not None:
+        image[..., 3] = 255 * read_mask(mask, image.shape[:2], reading)
     return image
 
 
 # ---- Photos: NeRF's transforms.json --------------------------------------------------------------
 #
-# From here on, one reader a layout: read_...(folder, size, skipped) -> views, up.
-#   size      the side of the pictures that are wanted, in pixels
-#   skipped   counts, by reason, what is listed and not there
+# From here on, one reader a layout: read_...(folder, reading) -> views, up.
 #   up        (3,) the direction in the layout's world that is up; None: the layout leaves it open
+# A view that cannot be read is left out by reading.trying; the others go on.
 TRANSFORMS = "transforms.json", "transforms_train.json"
+# Lenses that `undistort` knows, as camera_model; the pinhole is one without terms.
+STRAIGHTENED = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "PERSPECTIVE", "SIMPLE_RADIAL", "RADIAL")
 
 
-def read_transforms(folder, size, skipped):
+def read_transforms(folder, reading):
     """NeRF and its heirs: one json; cam2world in our own camera axes; the world's z is up."""
     path = find_first(folder, TRANSFORMS)
-    whole = json.loads(path.read_text())
+    for other in files_in(folder, (".json",)):
+        if other.name.startswith("transforms") and other != path:
+            reading.remark(f"{other}: not read, as {path.name} is there")
+    whole = read_json(path)
+    if not isinstance(whole, dict) or not isinstance(whole.get("frames"), list):
+        raise BadInput(f'{path}: no list "frames"')
     views = []
-    image_size = None
-    for frame in whole["frames"]:
-        entry = {**whole, **frame}       # a frame may have its own camera, or share the file's
-        image = find_photo(folder / entry["file_path"])
-        if image is None:
-            skipped["listed frames have no file"] += 1
-            continue
-        if "w" in entry and "h" in entry:
-            image_size = entry["w"], entry["h"]
-        elif image_size is None:         # the first photo tells, for all: they have one size
-            height, width = read_image(image).shape[:2]
-            image_size = width, height
-        camera = transforms_camera(entry, path, *image_size)
-        lens = transforms_lens(entry, path)
-        mask = None
-        if "mask_path" in entry:
-            mask = folder / entry["mask_path"]
-        pose = np.array(entry["transform_matrix"], float)
-        views.append(View(image, pose, camera, image_size, lens, mask))
+    for i, frame in enumerate(whole["frames"]):
+        with reading.trying("view", f"{path}, frame {i}"):
+            entry = {**whole, **frame}   # a frame may have its own camera, or share the file's
+            views.append(transforms_view(entry, folder, path, reading))
     return views, (0, 0, 1)
 
 
-def find_photo(path):
-    """The photo of this name, which is often written without its suffix; None if there is none."""
-    for suffix in ("", *PHOTOS):
-        photo = Path(f"{path}{suffix}")
-        if photo.is_file():
-            return photo
-    return None
+def transforms_view(entry, folder, path, reading):
+    """The View of one frame, with all that it shares with the others."""
+    image = find_photo(folder, entry["file_path"])
+    if "w" in entry and "h" in entry:
+        width, height = float(entry["w"]), float(entry["h"])
+    else:
+        height, width = picture_shape(image, reading)
+    camera = transforms_camera(entry, path, width, height)
+    lens = transforms_lens(entry, path)
+    mask = None
+    if "mask_path" in entry:
+        mask = find_photo(folder, entry["mask_path"])
+    pose = np.array(entry["transform_matrix"], float)
+    return View(image, pose, camera, (width, height), lens, mask)
 
 
 def transforms_camera(entry, path, width, height):
     """fx, fy, cx, cy in pixels; f from an angle of view: tan(angle / 2) = width / (2 f)."""
-    if "fl_x" in entry:
-        fx = entry["fl_x"]
-    elif "camera_angle_x" in entry:
-        fx = width / (2 * np.tan(entry["camera_angle_x"] / 2))
-    else:
+    given = {}
+    for axis, side in (("x", width), ("y", height)):
+        if f"fl_{axis}" in entry:
+            given[axis] = float(entry[f"fl_{axis}"])
+        elif f"camera_angle_{axis}" in entry:
+            given[axis] = side / (2 * np.tan(float(entry[f"camera_angle_{axis}"]) / 2))
+    if not given:
         raise BadInput(f"{path}: no focal length: neither fl_x nor camera_angle_x is given")
-    fy = entry.get("fl_y", fx)
-    cx = entry.get("cx", width / 2)
-    cy = entry.get("cy", height / 2)
+    fx = given.get("x", given.get("y"))                  # square pixels, where one is not given
+    fy = given.get("y", fx)
+    cx = float(entry.get("cx", width / 2))
+    cy = float(entry.get("cy", height / 2))
     return fx, fy, cx, cy
 
 
 def transforms_lens(entry, path):
     """k1, k2, p1, p2; other lenses are refused rather than bent wrongly."""
+    model = entry.get("camera_model", "OPENCV")
     more_terms = entry.get("k3") or entry.get("k4")
-    fisheye = "FISHEYE" in entry.get("camera_model", "")
-    if more_terms or fisheye:
-        raise BadInput(f"{path}: of lens terms only k1, k2, p1, p2 are known: undistort first")
-    return tuple(entry.get(term, 0) for term in ("k1", "k2", "p1", "p2"))
+    if more_terms or entry.get("is_fisheye") or model not in STRAIGHTENED:
+        raise BadInput(f"{path}: a fisheye, or another lens than k1, k2, p1, p2 tell ({model}): "
+                       "undistort the photos first")
+    return tuple(float(entry.get(term, 0)) for term in ("k1", "k2", "p1", "p2"))
 
 
 # ---- Photos: SRN ---------------------------------------------------------------------------------
-def read_srn(folder, size, skipped):
+def read_srn(folder, reading):
     """SRN's ShapeNet renders: a text file a pose, OpenCV's cam2world; photos on white."""
     # The file reads: f cx cy 0, then the origin, near and scale, then height width.
     numbers = read_array(folder / "intrinsics.txt", 1)[:, 0]
     f, cx, cy = numbers[:3]
     height, width = numbers[-2:]
     views = []
-    for path in sorted((folder / "pose").glob("*.txt")):
-        image = folder / "rgb" / f"{path.stem}.png"
-        pose = read_array(path, 4) @ FLIP
-        views.append(View(image, pose, (f, f, cx, cy), (width, height), white_background=True))
+    for path in files_in(folder / "pose", (".txt",)):
+        with reading.trying("view", str(path)):
+            image = find_photo(folder / "rgb", path.stem)
+            pose = read_array(path, 4) @ FLIP
+            views.append(View(image, pose, (f, f, cx, cy), (width, height), white_background=True))
     # OURS: its sets differ in which axis is up; but it is an axis, and the cameras stand upright.
-    camera_up = np.mean([view.pose[:3, 1] for view in views], 0)
-    return views, nearest_axis(camera_up)
+    return views, nearest_axis(mean_up(views))
+
+
+def mean_up(views):
+    """The mean (3,) of the views' own up, as unit vectors: people hold cameras level."""
+    ups = [np.zeros(3)]
+    for view in views:
+        if view.pose.shape == (4, 4) and np.isfinite(view.pose).all():
+            ups.append(view.pose[:3, 1])
+    return np.sum(ups, 0) / max(1, len(ups) - 1)
 
 
 def nearest_axis(direction):
@@ -1145,9 +1334,9 @@ def nearest_axis(direction):
 
 
 # ---- Photos: LLFF --------------------------------------------------------------------------------
-def read_llff(folder, size, skipped):
+def read_llff(folder, reading):
     """LLFF: poses_bounds.npy, a row a photo in the order of their names."""
-    photos = llff_photos(folder, size)
+    photos = llff_photos(folder, reading)
     path = folder / "poses_bounds.npy"
     rows = read_array(path, 17)          # a 3x5 matrix, then the nearest and farthest depth
     if len(rows) != len(photos):
@@ -1159,24 +1348,25 @@ def read_llff(folder, size, skipped):
         columns = row[:15].reshape(3, 5).T
         down, right, back, position, (height, width, f) = columns
         pose = to_4x4(np.stack([right, -down, back, position], 1))
-        views.append(View(image, pose, (f, f, width / 2, height / 2), (width, height)))
+        camera = f, f, width / 2, height / 2
+        views.append(View(image, pose, camera, (width, height), stored=True))
     return views, None
 
 
-def llff_photos(folder, size):
+def llff_photos(folder, reading):
     """The smallest copy of the photos (images, images_4, images_8 ...) that is large enough for
-    pictures of side `size`, or else the largest."""
+    pictures of side reading.size, or else the largest."""
     copies = []
-    for copy in folder.glob("images*"):
+    for copy in listing(folder):
         photos = photos_in(copy)
-        if photos:
-            side = min(read_image(photos[0]).shape[:2])
+        if copy.name.startswith("images") and photos:
+            side = min(picture_shape(photos[0], reading))
             copies.append((side, photos))
     if not copies:
         raise BadInput(f"{folder}: poses_bounds.npy, but no photos in images or images_8")
     copies.sort()
     for side, photos in copies:
-        if side >= size:
+        if side >= reading.size:
             return photos
     _, largest = copies[-1]
     return largest
@@ -1187,7 +1377,7 @@ def llff_photos(folder, size):
 # COLMAP, as MVImgNet ships it, writes a sparse model as two files, in text or binary:
 #   cameras   number -> model, width, height, parameters
 #   images    name, rotation (a quaternion), translation, number of the camera
-SPARSE = "sparse/0/images.bin", "sparse/0/images.txt", "sparse/images.bin", "sparse/images.txt"
+SPARSE = "images.bin", "images.txt"
 
 # COLMAP's camera models, in the order of its numbers, and how many parameters each has: the binary
 # file must be read past all of them, but only those of `colmap_camera` can be used.
@@ -1206,29 +1396,47 @@ COLMAP_MODELS = [
 ]
 
 
-def read_colmap(folder, size, skipped):
+def read_colmap(folder, reading):
     """COLMAP's sparse model: OpenCV's camera axes, and world-to-camera, not camera-to-world."""
-    path = find_first(folder, SPARSE)
-    sparse = path.parent
-    if path.suffix == ".bin":
-        cameras = binary_cameras(sparse / "cameras.bin")
-        images = binary_images(sparse / "images.bin")
+    sparse, images = largest_model(folder, reading)
+    if (sparse / "images.bin").is_file():
+        cameras = binary_cameras(sparse / "cameras.bin", reading.max_frames)
     else:
         cameras = text_cameras(sparse / "cameras.txt")
-        images = text_images(sparse / "images.txt")
     views = []
     for name, quaternion, translation, number in sorted(images):
-        model, width, height, parameters = cameras[number]
-        camera, lens = colmap_camera(model, parameters, folder)
-        image = folder / "images" / name
-        if not image.is_file():
-            skipped["listed frames have no file"] += 1
-            continue
-        R = quaternion_matrix(*quaternion)
-        world2cam = to_4x4(np.column_stack([R, translation]))
-        pose = np.linalg.inv(world2cam) @ FLIP
-        views.append(View(image, pose, camera, (width, height), lens))
+        with reading.trying("view", f"{sparse}: {name}"):
+            model, width, height, parameters = cameras[number]
+            camera, lens = colmap_camera(model, parameters, folder)
+            image = find_photo(folder / "images", name)
+            R = quaternion_matrix(*quaternion)
+            world2cam = to_4x4(np.column_stack([R, translation]))
+            pose = np.linalg.inv(world2cam) @ FLIP
+            views.append(View(image, pose, camera, (width, height), lens, stored=True))
     return views, None
+
+
+def largest_model(folder, reading):
+    """The folder of the sparse model that has most photos, and these, as text_images has them.
+
+    COLMAP writes several, sparse/0, sparse/1 ..., where it could not connect all photos.
+    """
+    models = []
+    for sparse in [folder / "sparse", *listing(folder / "sparse")]:
+        with reading.trying("COLMAP model", str(sparse)):
+            if (sparse / "images.bin").is_file():
+                models.append((sparse, binary_images(sparse / "images.bin", reading.max_frames)))
+            elif (sparse / "images.txt").is_file():
+                models.append((sparse, text_images(sparse / "images.txt")))
+    if not models:
+        raise BadInput(f"{folder}: no model in sparse/ can be read: {reading.losses[-1][-1]}")
+    models.sort(key=lambda model: len(model[1]), reverse=True)       # of equal ones, the first
+    if len(models) > 1:
+        sparse, images = models[0]
+        counts = ", ".join(f"{other.name} has {len(its)}" for other, its in models[1:])
+        reading.remark(f"{sparse}: the largest of {len(models)} models is taken, of {len(images)} "
+                       f"photos; {counts}")
+    return models[0]
 
 
 def colmap_camera(model, parameters, folder):
@@ -1264,32 +1472,43 @@ def text_cameras(path):
     """cameras.txt, a camera a line -> {number: (model, width, height, parameters)}."""
     cameras = {}
     for line in colmap_lines(path):
-        if line.strip():
-            number, model, width, height, *parameters = line.split()
-            parameters = [float(parameter) for parameter in parameters]
-            cameras[number] = model, int(width), int(height), parameters
+        number, model, width, height, *parameters = line.split()
+        parameters = [float(parameter) for parameter in parameters]
+        cameras[number] = model, int(width), int(height), parameters
     return cameras
 
 
 def text_images(path):
-    """images.txt, two lines a photo -> [(name, quaternion, translation, number of the camera)]."""
+    """images.txt, two lines a photo -> [(name, quaternion, translation, number of the camera)].
+
+    The second line lists 2D points, and may be empty, or missing: only the first has a name.
+    """
     images = []
-    lines = colmap_lines(path)
-    for line in lines[::2]:              # every other line lists 2D points, and may be empty
-        if line.strip():
-            fields = line.split()
-            quaternion = [float(field) for field in fields[1:5]]
-            translation = [float(field) for field in fields[5:8]]
-            camera_number = fields[8]
-            name = " ".join(fields[9:])  # a name may hold spaces
-            images.append((name, quaternion, translation, camera_number))
+    for line in colmap_lines(path):
+        fields = line.split()
+        if len(fields) < 10 or is_number(fields[9]):
+            continue
+        quaternion = [float(field) for field in fields[1:5]]
+        translation = [float(field) for field in fields[5:8]]
+        camera_number = fields[8]
+        name = " ".join(fields[9:])      # a name may hold spaces
+        images.append((name, quaternion, translation, camera_number))
     return images
 
 
+def is_number(text):
+    """Whether a text reads as a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def colmap_lines(path):
-    """The lines of a text file without its comments."""
-    lines = path.read_text().splitlines()
-    return [line for line in lines if not line.startswith("#")]
+    """The lines of a text file without empty ones and comments."""
+    lines = read_text(path, 2 ** 29).splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
 def take(file, form):
@@ -1300,12 +1519,20 @@ def take(file, form):
     return struct.unpack(form, file.read(n_bytes))
 
 
-def binary_cameras(path):
+def take_count(file, path, most):
+    """How many things follow in a binary file. A damaged one may say 10^18."""
+    (count,) = take(file, "Q")
+    if count > most:
+        raise BadInput(f"{path}: {count} entries; over {most} are read with a higher --max-frames "
+                       "only")
+    return count
+
+
+def binary_cameras(path, most):
     """cameras.bin: how many, then one after another; returns what text_cameras does."""
     cameras = {}
     with open(path, "rb") as file:
-        (count,) = take(file, "Q")
-        for _ in range(count):
+        for _ in range(take_count(file, path, most)):
             number, model, width, height = take(file, "IiQQ")
             name, n_parameters = COLMAP_MODELS[model]
             parameters = take(file, f"{n_parameters}d")
@@ -1313,12 +1540,11 @@ def binary_cameras(path):
     return cameras
 
 
-def binary_images(path):
+def binary_images(path, most):
     """images.bin: how many, then one after another; returns what text_images does."""
     images = []
     with open(path, "rb") as file:
-        (count,) = take(file, "Q")
-        for _ in range(count):
+        for _ in range(take_count(file, path, most)):
             # Its own number; then w, x, y, z and the translation; then its camera's number.
             _, *numbers, camera_number = take(file, "I7dI")
             quaternion, translation = numbers[:4], numbers[4:]
@@ -1331,79 +1557,158 @@ def binary_images(path):
 
 
 def take_name(file):
-    """The text up to the next zero byte of a binary file."""
+    """The text up to the next zero byte of a binary file, of at most 1000 bytes."""
     name = b""
     (byte,) = take(file, "s")
     while byte != b"\0":
         name += byte
+        if len(name) > 1000:
+            raise ValueError("a name without an end")
         (byte,) = take(file, "s")
     return name.decode()
 
 
 # ---- Photos: Objaverse renders -------------------------------------------------------------------
-def read_objaverse(folder, size, skipped):
+def read_objaverse(folder, reading):
     """Renders of Objaverse (as for Zero-1-to-3): NNN.png, and NNN.npy a (3, 4) world-to-camera."""
     views = []
     f = 35 / 32                          # a lens of 35 mm before a sensor of 32: the width is 1
-    for path in sorted(folder.glob("???.npy")):
-        matrix = read_array(path, 4)
-        if matrix.shape != (3, 4):
-            raise BadInput(f"{path}: its pose has shape {matrix.shape}, not (3, 4)")
-        pose = np.linalg.inv(to_4x4(matrix))
-        # The world's origin, the object, is in front of the camera: along -z in Blender's axes,
-        # which are ours. Some scripts write OpenCV's, where it is along +z.
-        depth = matrix[2, 3]
-        if depth > 0:
-            pose = pose @ FLIP
-        views.append(View(path.with_suffix(".png"), pose, (f, f, 0.5, 0.5), (1, 1)))
+    for path in files_in(folder, (".npy",)):
+        if len(path.stem) != 3:
+            continue
+        with reading.trying("view", str(path)):
+            matrix = read_array(path, 4)
+            if matrix.shape != (3, 4):
+                raise BadInput(f"{path}: its pose has shape {matrix.shape}, not (3, 4)")
+            pose = np.linalg.inv(to_4x4(matrix))
+            # The world's origin, the object, is in front of the camera: along -z in Blender's axes,
+            # which are ours. Some scripts write OpenCV's, where it is along +z.
+            depth = matrix[2, 3]
+            if depth > 0:
+                pose = pose @ FLIP
+            image = find_photo(folder, path.stem)
+            views.append(View(image, pose, (f, f, 0.5, 0.5), (1, 1)))
     return views, (0, 0, 1)
 
 
 # ---- Photos: one path for all layouts ------------------------------------------------------------
-def photo_object(read, folder, size, skipped):
+@dataclass
+class Shot:
+    """A view whose photo has been read."""
+    view: View
+    photo: np.ndarray                # (H, W, 4) uint8 without lens distortion; alpha is the mask
+    camera: np.ndarray               # (4,) fx, fy, cx, cy in the photo's pixels
+    up: np.ndarray                   # (3,) which way is up in the photo, in the layout's world
+
+
+def photo_object(read, folder, reading):
     """One object in one layout, as a Capture. `read` is the layout's reader.
 
-    Raises LeftOut if no view has a mask, BadInput if files are damaged or a view's camera, mask or
-    size cannot be right, and if under three views are left.
+    Raises BadInput where files are damaged, or under three views can be used.
     """
+    already = len(reading.losses)
     try:
-        listed, up = read(folder, size, skipped)
-    except (ValueError, LookupError, TypeError, AttributeError, OSError, struct.error) as err:
-        raise BadInput(f"{folder}: its files are missing, damaged or of another layout ({err!r})")
-    views, photos, cameras = read_views(listed, skipped)
-    if listed and not views:
-        raise LeftOut("objects have no masks")
-    if len(views) < 3:
-        raise BadInput(f"{folder}: {len(views)} usable views; a shape needs at least 3")
-    check_one_size(views, photos)
-    corners, side = choose_windows(photos)
-    rgba = resample(photos, corners.tolist(), side, size)            # (V, size, size, 4)
-    # A window is a picture of its own: its principal point moves, and its side is the new unit.
-    intrinsics = np.stack(cameras)                                   # (V, 4) in the photos' pixels
-    intrinsics[:, 2:] -= corners.numpy()
-    intrinsics = torch.from_numpy(intrinsics).float() / side
-    poses = np.stack([view.pose for view in views])                  # (V, 4, 4)
-    cam2world = normalize_world(rgba[..., 3], poses, intrinsics, up, folder)
-    return Capture(rgba, cam2world, intrinsics)
+        listed, up = read(folder, reading)
+    except FAULTS as error:
+        raise BadInput(f"{folder}: its files are missing, damaged or of another layout "
+                       f"({error!r})") from None
+    if len(listed) > reading.max_frames:
+        raise BadInput(f"{folder}: {len(listed)} views; over {reading.max_frames} are read with a "
+                       "higher --max-frames only")
+    shots = read_shots(listed, reading)
+    leave_out_other_sizes(shots, reading)
+    name_unlisted(folder, listed, reading)
+    check_enough(folder, shots, reading, already)
+    look_at_cameras(folder, shots, reading)
+    up = choose_up(folder, up, shots, reading)
+    capture, agreement = into_cube(shots, up, folder, reading.size)
+    # A camera that was turned, or another object's mask: the others carve away what it shows.
+    wrong = agreement < 0.6 * agreement.median()
+    if wrong.float().mean() > 0.25:
+        reading.remark(f"{folder}: {int(wrong.sum())} of {len(shots)} views disagree with the "
+                       "shape that the masks have in common: look at cameras.png")
+    elif wrong.any():
+        for shot in [shot for shot, is_wrong in zip(shots, wrong) if is_wrong]:
+            reading.leave_out("view", f"{shot.view.image}: its mask and camera disagree with those "
+                              "of the other views")
+        shots = [shot for shot, is_wrong in zip(shots, wrong) if not is_wrong]
+        check_enough(folder, shots, reading, already)
+        capture, agreement = into_cube(shots, up, folder, reading.size)
+    if agreement.median() < 0.5:
+        reading.remark(f"{folder}: seen again, the shape that the masks have in common covers only "
+                       f"{100 * agreement.median():.0f} % of them: are cameras and masks right?")
+    return capture
 
 
-def read_views(listed, skipped):
-    """The views that have a mask, their photos (H, W, 4) uint8 without lens distortion, and their
-    cameras (fx, fy, cx, cy) in the photos' own pixels."""
-    views, photos, cameras = [], [], []
+def check_enough(folder, shots, reading, already):
+    """BadInput if under three views are left, with the first reason; `already`: how many losses
+    were known before this object."""
+    if len(shots) >= 3:
+        return
+    reasons = [reason for _, _, reason in reading.losses[already:]]
+    why = f" ({reasons[0]})" if reasons else ""
+    raise BadInput(f"{folder}: {len(shots)} usable views; a shape needs at least 3{why}")
+
+
+def read_shots(listed, reading):
+    """The Shots of all views that can be used; the others are left out, by name."""
+    shots = []
+    seen = set()
     for view in listed:
-        photo = read_masked(view.image, view.mask)
-        if not has_mask(photo):
-            if not view.white_background:
-                skipped["views have no mask"] += 1
-                continue
-            photo[..., 3] = 255 * not_white(photo)
-        check_mask(view, photo)
-        camera = camera_in_pixels(view, photo)
-        views.append(view)
-        photos.append(undistort(photo, camera, view.lens))
-        cameras.append(camera)
-    return views, photos, cameras
+        with reading.trying("view", str(view.image)):
+            if view.image in seen:
+                raise BadInput(f"{view.image}: listed twice")
+            seen.add(view.image)
+            shots.append(read_shot(view, reading))
+    return shots
+
+
+def read_shot(view, reading):
+    """One view with its photo; BadInput where its camera, mask or size cannot be right."""
+    check_pose(view.image, view.pose)
+    check_camera(view.image, view.camera, view.camera_size, view.lens)
+    shape = picture_shape(view.image, reading)
+    turned = orientation(view.image)
+    upright = turned != 1 and is_upright(view, shape, turned)
+    photo = read_masked(view.image, reading, view.mask, upright)
+    if not has_mask(photo):
+        if not view.white_background:
+            raise BadInput(f"{view.image}: no mask")
+        photo[..., 3] = 255 * not_white(photo)
+    check_mask(view, photo)
+    camera = camera_in_pixels(view, photo)
+    photo, camera = reduce_photo(photo, camera, 8 * reading.size)
+    x, y = (0, 1) if upright else EXIF_UP[turned]
+    up = view.pose[:3, :3] @ np.array([x, y, 0.0])
+    return Shot(view, undistort(photo, camera, view.lens), camera, up)
+
+
+# Which way is up in a photo as it is stored, in its camera's x and y, by its EXIF orientation.
+EXIF_UP = {1: (0, 1), 3: (0, -1), 6: (-1, 0), 8: (1, 0)}
+
+
+def is_upright(view, shape, turned):
+    """Whether the camera of a photo that its EXIF turns is of the turned photo.
+
+    shape: of the photo as it is stored. BadInput where nothing tells, or it is mirrored, too.
+    """
+    if turned not in EXIF_UP:
+        raise BadInput(f"{view.image}: mirrored by its EXIF orientation, {turned}; save it as seen")
+    if view.stored:
+        return False
+    height, width = shape
+    as_stored = fits(view.camera_size, (width, height))
+    as_seen = turned in (6, 8) and fits(view.camera_size, (height, width))
+    if as_stored == as_seen or turned == 3:
+        raise BadInput(f"{view.image}: its EXIF orientation, {turned}, turns it, and whether its "
+                       "camera is of the turned photo nobody tells; turn its pixels for good "
+                       "(mogrify -auto-orient) and find cameras anew")
+    return as_seen
+
+
+def fits(size, other):
+    """Whether two (width, height) have one shape; 2 %: sides of small copies are rounded."""
+    return abs(size[0] * other[1] / (size[1] * other[0]) - 1) <= 0.02
 
 
 def has_mask(photo):
@@ -1413,36 +1718,147 @@ def has_mask(photo):
 
 def not_white(photo):
     """The mask (H, W) bool of what stands before white, which is 255 in all three colours."""
-    darkest = photo[..., :3].min(-1)
-    return darkest < 250
+    red, green, blue, _ = photo.transpose(2, 0, 1)
+    return np.minimum(np.minimum(red, green), blue) < 250
 
 
 def check_mask(view, photo):
     """BadInput where a mask is empty: no ray through it could be explained."""
-    if photo[..., 3].max() == 0:
-        raise BadInput(f"{view.image}: its mask is empty; paint the object white, or remove this "
-                       "view")
-
-
-def check_one_size(views, photos):
-    """BadInput where photos differ in size: one is another camera's then, or was cropped."""
-    first = photos[0].shape[:2]
-    for view, photo in zip(views, photos):
-        if photo.shape[:2] != first:
-            raise BadInput(f"{view.image}: {photo.shape[:2]}, but the object's other photos are "
-                           f"{first}: one object, one image size")
+    if photo[..., 3].max() <= 127:
+        raise BadInput(f"{view.image}: its mask is empty")
 
 
 def camera_in_pixels(view, photo):
     """fx, fy, cx, cy (4,) in pixels of the file, which may be a smaller copy of the original."""
     height, width = photo.shape[:2]
     camera_width, camera_height = view.camera_size
+    if not fits(view.camera_size, (width, height)):
+        raise BadInput(f"{view.image}: {width}x{height}, but its camera is for "
+                       f"{camera_width:g}x{camera_height:g}")
     scale_x = width / camera_width
     scale_y = height / camera_height
-    if abs(scale_x / scale_y - 1) > 0.02:        # 0.02: sides of small copies are rounded
-        raise BadInput(f"{view.image}: {width}x{height}, but its camera is for "
-                       f"{camera_width}x{camera_height}")
     return np.array(view.camera, float) * [scale_x, scale_y, scale_x, scale_y]
+
+
+def reduce_photo(photo, camera, side):
+    """A large photo (H, W, 4) and its camera in pixels, both divided by one whole number, so that
+    the shorter side is still at least `side`: 24 photos of a phone would fill a gigabyte."""
+    factor = max(1, min(photo.shape[:2]) // side)
+    if factor == 1:
+        return photo, camera
+    return shrink_masked(photo, factor), camera / factor
+
+
+def shrink_masked(photo, factor):
+    """Means of squares of pixels of a photo (H, W, 4); of colours, only those inside the mask."""
+    height, width = photo.shape[0] // factor, photo.shape[1] // factor
+    rgb = np.zeros((height, width, 3), np.float32)
+    weight = np.zeros((height, width, 1), np.float32)
+    for y in range(factor):              # one pixel of every square at a time: little memory
+        for x in range(factor):
+            one = photo[y:height * factor:factor, x:width * factor:factor]
+            inside = one[..., 3:].astype(np.float32)
+            rgb += one[..., :3] * inside
+            weight += inside
+    rgb /= np.maximum(weight, 1)
+    alpha = weight / factor ** 2
+    return np.concatenate([rgb, alpha], -1).round().astype(np.uint8)
+
+
+def leave_out_other_sizes(shots, reading):
+    """Leaves out, in place, photos of another size than most: another camera's, or cropped ones."""
+    if not shots:
+        return
+    sizes = Counter(shot.photo.shape[:2] for shot in shots)
+    (usual, _), *_ = sizes.most_common(1)
+    for shot in list(shots):
+        if shot.photo.shape[:2] != usual:
+            reading.leave_out("view", f"{shot.view.image}: {shot.photo.shape[:2]}, but most of the "
+                              f"object's photos are {usual}: one object, one image size")
+            shots.remove(shot)
+
+
+def name_unlisted(folder, listed, reading):
+    """Says which photos lie beside those that are used, and have no camera."""
+    known = set()
+    for view in listed:
+        known.add(view.image)
+        known.add(view.mask)
+    for place in dict.fromkeys(view.image.parent for view in listed):
+        unknown = [path for path in files_in(place, PHOTOS) if path not in known]
+        if unknown:
+            reading.leave_out("photo", f"{unknown[0]} ...: no camera is listed", len(unknown))
+
+
+# ---- Photos: what looks odd ----------------------------------------------------------------------
+def look_at_cameras(folder, shots, reading):
+    """Remarks on lenses, masks and copies that are possible, and probably wrong."""
+    height, width = shots[0].photo.shape[:2]
+    angles, off_centre, at_rim = [], [], []
+    for shot in shots:
+        fx, fy, cx, cy = shot.camera
+        angles.append(np.degrees(2 * np.arctan(max(width / fx, height / fy) / 2)))
+        off_centre.append(max(abs(cx / width - 0.5), abs(cy / height - 0.5)))
+        inside = shot.photo[..., 3] > 127
+        rim = np.concatenate([inside[0], inside[-1], inside[:, 0], inside[:, -1]])
+        at_rim.append(rim.mean())
+    angle = np.median(angles)
+    if not 8 < angle < 120:
+        reading.remark(f"{folder}: cameras see {angle:.1f} degrees: is the focal length right?")
+    elif max(angles) > 3 * angle or min(angles) < angle / 3:
+        reading.remark(f"{folder}: cameras see {min(angles):.1f} to {max(angles):.1f} degrees: are "
+                       "all focal lengths right?")
+    if max(off_centre) > 0.25:
+        reading.remark(f"{folder}: a camera's principal point (cx, cy) is far from its photo's "
+                       "middle")
+    if np.median(at_rim) > 0.5:
+        reading.remark(f"{folder}: masks cover the edges of most photos: are they inverted? "
+                       "White is the object")
+    copies = len(shots) - len({hashlib.sha256(shot.photo).digest() for shot in shots})
+    if copies:
+        reading.remark(f"{folder}: {copies} photos are copies of others")
+
+
+def choose_up(folder, up, shots, reading):
+    """The direction (3,) in the layout's world that becomes y.
+
+    up: what the layout says; None: it leaves it open. Then it is the mean of the photos' own up. A
+    layout's axis gives way where photos stand upright along another.
+    """
+    seen = np.mean([shot.up for shot in shots], 0)
+    length = np.linalg.norm(seen)
+    if length < 0.1:
+        reading.remark(f"{folder}: photos agree on no direction that is up")
+    if up is None:
+        return seen if length > 1e-6 else np.array([0, 0, 1.0])
+    along = nearest_axis(seen)
+    if length > 0.5 and not np.array_equal(along, up):
+        names = dict(zip((0, 1, 2), "xyz"))
+        axis = names[int(np.abs(along).argmax())]
+        sign = "-" if along.min() < 0 else ""
+        reading.remark(f"{folder}: photos stand upright along {sign}{axis}, which is taken for up; "
+                       "the layout has z")
+        return along
+    return np.array(up, float)
+
+
+def into_cube(shots, up, folder, size):
+    """Photos as square pictures, their cameras in the cube's world: a Capture, and how well each
+    mask agrees with the others, (V,), see hull_agreement."""
+    photos = [shot.photo for shot in shots]
+    corners, side = choose_windows(photos)
+    rgba = resample(photos, corners.tolist(), side, size)            # (V, size, size, 4)
+    # A window is a picture of its own: its principal point moves, and its side is the new unit.
+    intrinsics = np.stack([shot.camera for shot in shots])           # (V, 4) in the photos' pixels
+    intrinsics[:, 2:] -= corners.numpy()
+    intrinsics = torch.from_numpy(intrinsics).float() / side
+    height, width = photos[0].shape[:2]
+    frames = torch.cat([-corners, torch.tensor([width, height]) - corners], 1) / side
+    poses = np.stack([shot.view.pose for shot in shots])             # (V, 4, 4)
+    masks = rgba[..., 3]
+    cam2world = normalize_world(masks, poses, intrinsics, frames, up, folder)
+    agreement = hull_agreement(masks, cam2world, intrinsics, frames)
+    return Capture(rgba, cam2world, intrinsics), agreement
 
 
 def undistort(image, camera, lens):
@@ -1541,34 +1957,35 @@ def resample(photos, corners, side, size):
 # up are arbitrary. The decoder's volume is [-1, 1]^3, so the object must be brought there, and the
 # masks alone tell where it is: inside of all the cones that they cut out of space (visual hull).
 # Without this step a scene of another size would lie outside the volume, or fill a corner of it.
-def normalize_world(masks, poses, intrinsics, up, folder):
+def normalize_world(masks, poses, intrinsics, frames, up, folder):
     """Move, turn and scale the world so that the masks' visual hull fills the cube, y up.
 
     masks       (V, size, size) uint8
     poses       (V, 4, 4) numpy float64 cam2world, in any world
     intrinsics  (V, 4) as fractions of the side
-    up          (3,) in that world; None: the mean of the cameras' own up (people hold them level)
+    frames      (V, 4) where the photo lies in its picture, see hull
+    up          (3,) in that world
     folder      whose cameras these are, for BadInput where the hull is empty
     returns     (V, 4, 4) float32 cam2world
     """
-    if up is None:
-        up = np.mean(poses[:, :3, 1], 0)
     turn = turn_to_y(np.array(up, float))
     poses = poses.copy()
     poses[:, :3] = turn @ poses[:, :3]                               # axes and positions alike
-    positions = poses[:, :3, 3]                                      # (V, 3)
     rays = rays_through_masks(masks, poses, intrinsics)              # (V, 3)
-    centre = nearest_point(positions, rays)
+    centre = nearest_point(poses[:, :3, 3], rays)
+    # From here on the object is at the origin. TRAP: a world's own may be in another country, and
+    # float32 has no millimetres left at 5,000 kilometres.
+    poses[:, :3, 3] -= centre
     # At the object's distance half of a picture's side is 0.5 distance / fx, and its corner is
     # 0.71 distance / fx from its middle: nothing that is in frame is farther from the centre.
-    fx = intrinsics[:, 0].numpy()
-    distance = np.linalg.norm(positions - centre, axis=1)
-    reach = 0.75 * np.median(distance / fx)
-    low, high = hull_box(masks, poses, intrinsics, centre - reach, centre + reach, folder)
+    distance = np.linalg.norm(poses[:, :3, 3], axis=1)
+    reach = 0.75 * np.median(distance / intrinsics[:, 0].numpy())
+    corner = np.full(3, reach)
+    low, high = hull_box(masks, poses, intrinsics, frames, -corner, corner, folder)
     middle = (low + high) / 2
     longest = (high - low).max()
     scale = 2 * MARGIN / longest
-    poses[:, :3, 3] = (positions - middle) * scale
+    poses[:, :3, 3] = (poses[:, :3, 3] - middle) * scale
     return torch.from_numpy(poses).float()
 
 
@@ -1615,11 +2032,11 @@ def nearest_point(positions, directions):
     return np.linalg.lstsq(left, right, rcond=None)[0]   # lstsq: parallel lines have no one answer
 
 
-def hull_box(masks, poses, intrinsics, low, high, folder):
+def hull_box(masks, poses, intrinsics, frames, low, high, folder):
     """The box around the visual hull, looked for between the corners low and high: two (3,)."""
     poses = torch.from_numpy(poses).float()
     for _ in range(3):                   # coarse, then twice into the box that was found
-        inside = hull(masks, poses, intrinsics, low, high)
+        inside = hull(masks, poses, intrinsics, frames, low, high)
         if not inside.any():
             raise BadInput(f"{folder}: the masks' visual hull is empty: cameras and masks disagree"
                            "; is the camera convention (axes, world-to-camera) the layout's own?")
@@ -1632,31 +2049,61 @@ def hull_box(masks, poses, intrinsics, low, high, folder):
     return low + cell, high - cell
 
 
-def hull(masks, poses, intrinsics, low, high, cells=48):
+def hull(masks, poses, intrinsics, frames, low, high, cells=48):
     """Visual hull between the corners low and high, (3,) each: which cells look like object.
 
     A cell is in it if its centre falls into the mask in 95 % of the views that have it in frame,
-    and these are at least half of all: a mask or two may be wrong, a window may cut the object.
-    returns (cells, cells, cells) bool, in the order x, y, z
+    and these are over half of all: a mask or two may be wrong, a photo may cut the object. (Just
+    half: of four views all round, two see what lies far before and behind the object.)
+    frames   (V, 4) where the photo lies in its picture: left, top, right, bottom, 0 to 1 if it is
+             all of it. TRAP: a picture may be a window of its photo. What is beside the window was
+             photographed, too, and is no object; only what is beside the photo is not known.
+    returns  (cells, cells, cells) bool, in the order x, y, z
     """
-    step = (torch.arange(cells) + 0.5) / cells                       # centres, from 0 to 1
-    steps = torch.cartesian_prod(step, step, step)                   # (K, 3), K = cells^3
-    points = torch.from_numpy(low).float() + steps * torch.from_numpy(high - low).float()
+    points = cell_centres(low, high, cells)                          # (K, 3), K = cells^3
     size = masks.shape[1]
     in_frames = torch.zeros(len(points))                             # counts of views
     in_masks = torch.zeros(len(points))
-    for mask, pose, camera in zip(masks, poses, intrinsics):
+    for mask, pose, camera, frame in zip(masks, poses, intrinsics, frames):
         uv, depth = project(points, pose, camera)                    # (K, 2), (K,)
+        left_top, right_bottom = frame[:2], frame[2:]
+        in_photo = ((uv >= left_top) & (uv < right_bottom)).all(1)
+        in_frame = in_photo & (depth > 0)
         pixel = (uv * size).floor().long()                           # (K, 2) column, row
         in_picture = ((pixel >= 0) & (pixel < size)).all(1)
-        in_frame = in_picture & (depth > 0)
         column, row = pixel.clamp(0, size - 1).unbind(1)
-        in_mask = mask[row, column] > 127
+        in_mask = in_picture & (mask[row, column] > 127)
         in_frames += in_frame
         in_masks += in_frame & in_mask
     agreed = in_masks >= 0.95 * in_frames
-    often_seen = in_frames >= 0.5 * len(masks)
+    often_seen = in_frames > 0.5 * len(masks)
     return (agreed & often_seen).reshape(cells, cells, cells)
+
+
+def cell_centres(low, high, cells):
+    """The middles of cells^3 cells between two corners (3,): (K, 3), the last axis fastest."""
+    step = (torch.arange(cells) + 0.5) / cells                       # centres, from 0 to 1
+    steps = torch.cartesian_prod(step, step, step)
+    return torch.from_numpy(low).float() + steps * torch.from_numpy(high - low).float()
+
+
+def hull_agreement(masks, cam2world, intrinsics, frames, side=32):
+    """How well each mask agrees with the visual hull of all, seen again: (V,), intersection over
+    union at side x side pixels. Thin things lose; a camera that was turned has next to nothing."""
+    low = np.full(3, -1.0)
+    solid = hull(masks, cam2world, intrinsics, frames, low, -low).flatten()
+    points = cell_centres(low, -low, 48)[solid]                      # (n, 3)
+    small = F.interpolate(masks[:, None].float(), size=(side, side), mode="area")[:, 0] > 127
+    agreement = []
+    for mask, pose, camera in zip(small, cam2world, intrinsics):
+        uv, depth = project(points, pose, camera)
+        seen = ((uv >= 0) & (uv < 1)).all(1) & (depth > 0)
+        column, row = (uv[seen] * side).long().unbind(1)
+        covered = torch.zeros(side, side, dtype=torch.bool)
+        covered[row, column] = True
+        both, either = (covered & mask).sum(), (covered | mask).sum()
+        agreement.append(both / either.clamp(min=1))
+    return torch.stack(agreement)
 
 
 # ---- COIL-100: masks -----------------------------------------------------------------------------
@@ -1748,10 +2195,9 @@ COIL_DISTANCE = 12.0             # world units; the cube's half side is 1
 COIL_DEPTH = 0.5                 # the part of the depth, above
 
 
-def coil_object(files, size):
+def coil_object(files, reading):
     """One object of COIL-100, {degrees: path}, as a Capture."""
-    degrees = np.array(sorted(files))                                # as numbers: 5 before 10
-    photos = read_coil_photos([files[angle] for angle in degrees])   # (V, H, H, 4)
+    degrees, photos = read_coil_photos(files, reading)               # (V,), (V, H, H, 4)
     side = photos.shape[1]
     boxes = mask_box(torch.from_numpy(photos[..., 3])).numpy()
     left, right, top, bottom = boxes.T                               # (V,) each
@@ -1765,24 +2211,47 @@ def coil_object(files, size):
     elevation = torch.full_like(azimuth, np.radians(COIL_ELEVATION))
     cam2world = orbit(azimuth, elevation, COIL_DISTANCE).float()
     whole = [(0, 0)] * len(photos)
-    rgba = resample(photos, whole, side, size)
+    rgba = resample(photos, whole, side, reading.size)
     return Capture(rgba, cam2world, torch.from_numpy(intrinsics).float())
 
 
-def read_coil_photos(paths):
-    """(V, H, H, 4) uint8, alpha the mask; BadInput where sizes differ or nothing is seen."""
-    photos = [read_image(path) for path in paths]
-    for path, photo in zip(paths, photos):
-        height, width = photo.shape[:2]
-        if height != width or width < 8 or photo.shape != photos[0].shape:
-            raise BadInput(f"{path}: {width}x{height} pixels; an object's photos must be square, "
-                           "all of one size, 128x128 in COIL-100")
-    photos = np.stack(photos)
-    photos[..., 3] = 255 * coil_masks(photos[..., :3])
-    for path, photo in zip(paths, photos):
-        if photo[..., 3].max() == 0:
-            raise BadInput(f"{path}: this view is black: its mask is empty")
-    return photos
+def read_coil_photos(files, reading):
+    """Angles (V,) in degrees, in order, and photos (V, H, H, 4) uint8, alpha the mask.
+
+    What is damaged, of another size than most, or black is left out; BadInput under three.
+    """
+    photos = {}
+    for angle in sorted(files):                                      # as numbers: 5 before 10
+        with reading.trying("view", str(files[angle])):
+            photos[angle] = read_coil_photo(files[angle], reading)
+    sizes = Counter(len(photo) for photo in photos.values())
+    for angle, photo in list(photos.items()):
+        usual = sizes.most_common(1)[0][0]
+        if len(photo) != usual:
+            reading.leave_out("view", f"{files[angle]}: a side of {len(photo)} pixels, not {usual} "
+                              "as most")
+            del photos[angle]
+    if photos:
+        masks = coil_masks(np.stack(list(photos.values()))[..., :3])
+        for (angle, photo), mask in zip(list(photos.items()), masks):
+            photo[..., 3] = 255 * mask
+            if not mask.any():
+                reading.leave_out("view", f"{files[angle]}: black: its mask is empty")
+                del photos[angle]
+    if len(photos) < 3:
+        raise BadInput(f"{next(iter(files.values()))} ...: {len(photos)} usable views; a shape "
+                       f"needs at least 3 ({'; '.join(reading.skipped()) or 'no more are there'})")
+    return np.array(list(photos)), np.stack(list(photos.values()))
+
+
+def read_coil_photo(path, reading):
+    """(H, H, 4) uint8. The masks below are made for 128 x 128, and slow for much more."""
+    photo = read_image(path, reading)
+    height, width = photo.shape[:2]
+    if height != width or not 8 <= width <= 512:
+        raise BadInput(f"{path}: {width}x{height} pixels; photos must be square, 128x128 in "
+                       "COIL-100")
+    return photo
 
 
 def coil_pixel(degrees, width, height):
@@ -1812,49 +2281,65 @@ def quarter_turn_later(degrees):
 # ---- Clips: frames -------------------------------------------------------------------------------
 #
 # Somebody moves before a fixed camera: PAPER, Sec. 3.2, learns such subjects from clips alone. A
-# clip is a video, a strip of square frames side by side in one picture, or a folder of frames.
-VIDEOS = (".mp4", ".gif", ".webm", ".avi", ".mov")
+# video is a clip. Pictures are clips only where that is asked for (--as-clips), for nothing tells
+# them from photos taken all round: folders of frames, and strips of square frames side by side.
+def find_clips(folder, root, reading, depth=3):
+    """The clips in a folder, or else in those below it: a list of Found."""
+    videos = files_in(folder, VIDEOS)
+    paths = videos
+    if reading.as_clips:
+        pictures = strips_or_frames(folder, reading)
+        if videos and pictures == [folder]:              # its stills, not frames
+            pictures = []
+        paths = sorted(videos + pictures)
+    found = []
+    for path in paths:
+        name = path.relative_to(root).as_posix() if path != root else root.name
+        if path.is_file():
+            name = name[:-len(path.suffix)]
+        found.append(Found(name, CLIPS, path))
+    if folder in paths or depth == 0:
+        return found
+    for below in listing(folder):
+        if below.is_dir() and below not in paths:
+            found += find_clips(below, root, reading, depth - 1)
+    return found
 
 
-def clips_in(folder):
-    """The clips in a folder, by name; [] where it is half of a layout of photos."""
-    for name in ("images", "masks", "rgb"):
-        if (folder / name).is_dir():
-            return []
-    strips = strips_in(folder)
-    clips = []
-    for path in sorted(folder.iterdir()):
-        is_video = path.suffix.lower() in VIDEOS
-        has_frames = len(photos_in(path)) > 0
-        if is_video or has_frames or path in strips:
-            clips.append(path)
-    return clips
-
-
-def strips_in(folder):
-    """The photos in a folder if all are strips of at least 4 square frames, else []: a single other
-    photo tells that these are no clips."""
+def strips_or_frames(folder, reading):
+    """Those photos in a folder that are strips of at least 4 square frames; or, where none is, the
+    folder itself, as a clip of frames; [] where it has no photos."""
     photos = photos_in(folder)
+    strips, others = [], []
     for photo in photos:
-        height, width = read_image(photo).shape[:2]
-        if width < 4 * height or width % height != 0:
-            return []
-    return photos
+        with reading.trying("picture", str(photo)):
+            height, width = picture_shape(photo, reading, longest=np.inf)
+            is_strip = width >= 4 * height and width % height == 0
+            (strips if is_strip else others).append(photo)
+    if not strips:
+        return [folder] if others else []
+    if others:
+        reading.leave_out("picture", f"{others[0]} ...: no strip, as others there are", len(others))
+    return strips
 
 
-def read_frames(path):
+def read_frames(path, reading):
     """A clip's frames (H, W, 3 or 4) uint8, one by one: a video need not fit in memory."""
     if path.is_dir():
-        return frames_of_folder(path)
+        return frames_of_folder(path, reading)
     if path.suffix.lower() in PHOTOS:
-        return frames_of_strip(path)
-    return frames_of_video(path)
+        return frames_of_strip(path, reading)
+    return frames_of_video(path, reading)
 
 
-def frames_of_folder(path):
+def frames_of_folder(path, reading):
     """Its photos with their masks, if there are any, in the order of their numbers."""
     for photo in sorted(photos_in(path), key=by_number):
-        yield read_masked(photo)
+        frame = None
+        with reading.trying("frame", str(photo)):
+            frame = read_masked(photo, reading, upright=True)
+        if frame is not None:
+            yield frame
 
 
 def by_number(path):
@@ -1863,40 +2348,57 @@ def by_number(path):
     return [int(piece) if piece.isdecimal() else piece for piece in pieces]
 
 
-def frames_of_strip(path):
+def frames_of_strip(path, reading):
     """The squares side by side in one picture, from the left."""
-    strip = read_image(path)
+    strip = read_image(path, reading, longest=np.inf)
     height, width = strip.shape[:2]
     return np.split(strip, width // height, axis=1)
 
 
-def frames_of_video(path):
-    """What imageio reads; ffmpeg, which it brings along, drops the transparency of a GIF."""
-    if path.suffix.lower() == ".gif":
-        how = {"mode": "RGBA"}
-    else:
-        how = {"plugin": "FFMPEG"}
+# ffmpeg's own decoders of these drop the transparency.
+ALPHA_DECODERS = {"vp8": ["-c:v", "libvpx"], "vp9": ["-c:v", "libvpx-vp9"]}
+
+
+def frames_of_video(path, reading):
+    """A video's frames, from ffmpeg, which imageio brings along; it drops the transparency of GIFs,
+    so these are pillow's."""
     try:
-        yield from iio.imiter(path, **how)
-    except Exception as err:             # as in read_image
-        reason = " ".join(str(err).split())[-100:]
+        if path.suffix.lower() == ".gif":
+            picture_shape(path, reading)
+            yield from iio.imiter(path, plugin="pillow", mode="RGBA")
+            return
+        told = iio.immeta(path, plugin="FFMPEG")
+        width, height = told["size"]
+        check_shape(path, height, width, reading)
+        decoder = ALPHA_DECODERS.get(told["codec"], [])
+        frames = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgba", bpp=4, input_params=decoder)
+        next(frames)                     # first comes what immeta has told
+        for frame in frames:
+            yield np.frombuffer(frame, np.uint8).reshape(height, width, 4)
+    except BadInput:
+        raise
+    except Exception as error:           # as in read_image
+        reason = " ".join(str(error).split())[-100:]
         raise BadInput(f"{path}: not a readable video: re-encode it, or give its frames as a "
-                       f"folder of PNGs ({reason})")
+                       f"folder of PNGs, with --as-clips ({reason})") from None
 
 
-def read_clip(path, side):
-    """Frames (V, H, W, 4) uint8 whose shorter side is not much over `side`; alpha 255 where a clip
-    has no masks."""
-    frames = []
-    sizes = set()
-    for frame in read_frames(path):
-        height, width = frame.shape[:2]
-        sizes.add(f"{width}x{height}")
-        frames.append(shrink(frame, side))
-    if len(frames) < 2 or len(sizes) > 1:
-        raise BadInput(f"{path}: {len(frames)} frame(s) of {' and '.join(sorted(sizes))}: a clip "
-                       "has at least 2, all of one size")
-    return np.stack(frames)
+def read_clip(path, reading):
+    """Frames (V, H, W, 4) uint8, alpha 255 where a clip has no masks. Their shorter side is not
+    much over twice that of the pictures: enough to be cropped and resampled."""
+    frames, sizes = [], []
+    for frame in read_frames(path, reading):
+        sizes.append(frame.shape[:2])
+        frames.append(shrink(frame, 2 * reading.size))
+        if len(frames) > reading.max_frames:
+            raise BadInput(f"{path}: over {reading.max_frames} frames, which are read with a "
+                           "higher --max-frames only: cut it")
+    usual = Counter(sizes).most_common(1)
+    kept = [frame for frame, size in zip(frames, sizes) if size == usual[0][0]]
+    reading.leave_out("frame", f"{path}: of another size than most", len(frames) - len(kept))
+    if len(kept) < 2:
+        raise BadInput(f"{path}: {len(kept)} frame(s); a clip has at least 2, all of one size")
+    return np.stack(kept)
 
 
 def shrink(frame, side):
@@ -2029,39 +2531,39 @@ def without_specks(masks):
 
 
 # ---- Clips: a clip is an object ------------------------------------------------------------------
-def clip_object(path, size, clip_filter, skipped):
+def clip_object(path, reading):
     """One clip as a Capture: its frames are views of somebody who moves, all from one fixed camera.
 
-    PAPER, clip_filter: drop 10 % of the frames at either end, those under 25 % foreground, and a
-    clip, by LeftOut, that has under 4 left. `skipped` counts what is dropped.
+    PAPER, reading.clip_filter: drop 10 % of the frames at either end, those under 25 % foreground,
+    and a clip, by BadInput, that has under 4 left.
     """
-    frames = masked_frames(path, size, clip_filter, skipped)
-    rgba = crop_once(frames, size)                                   # (V, size, size, 4)
+    frames = masked_frames(path, reading)
+    rgba = crop_once(frames, reading.size)                           # (V, size, size, 4)
     cover = rgba[..., 3].float().mean((1, 2)) / 255                  # (V,) share of foreground
-    if clip_filter:
+    if reading.clip_filter:
         keep = cover >= 0.25
-        reason = "frames are under 25 % foreground"
+        reason = "under 25 % foreground"
     else:
         keep = cover > 0
-        reason = "frames are empty"
-    skipped[reason] += int((~keep).sum())
+        reason = "empty"
+    reading.leave_out("frame", f"{path}: {reason}", int((~keep).sum()))
     n_kept = int(keep.sum())
-    if clip_filter and n_kept < 4:
-        raise LeftOut("clips have under 4 frames left")
+    if reading.clip_filter and n_kept < 4:
+        raise BadInput(f"{path}: under 4 frames left")
     cam2world, intrinsics = fixed_camera(n_kept)
     return Capture(rgba[keep], cam2world, intrinsics)
 
 
-def masked_frames(path, size, clip_filter, skipped):
+def masked_frames(path, reading):
     """A clip's frames (V, H, W, 4) uint8 with masks: their own, or else what moves."""
-    frames = read_clip(path, 2 * size)   # twice the size: enough to be cropped and resampled
-    if clip_filter:
+    frames = read_clip(path, reading)
+    if reading.clip_filter:
         cut = len(frames) // 10
         frames = frames[cut:len(frames) - cut]
     if not has_mask(frames):
         frames[..., 3] = 255 * subtract_background(frames[..., :3], path)
     unmasked = frames[..., 3].min((1, 2)) == 255                     # masks/ may lack some
-    skipped["frames have no mask"] += int(unmasked.sum())
+    reading.leave_out("frame", f"{path}: no mask", int(unmasked.sum()))
     frames = frames[~unmasked]
     if len(frames) < 2:
         raise BadInput(f"{path}: only {len(frames)} of its frames has a mask")
@@ -2091,30 +2593,35 @@ def crop_once(frames, size):
 # ---- Captions ------------------------------------------------------------------------------------
 
 
-def read_caption_lines(path):
+def read_caption_lines(path, reading):
     """{name: caption} of a text file, a line NAME: CAPTION each."""
     captions = {}
-    for line in path.read_text(errors="replace").splitlines():
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         name, colon, caption = line.partition(":")
         if not colon:
-            raise BadInput(f"{path}: expected lines NAME: CAPTION")
+            reading.leave_out("caption", f"{path}, line {number}: expected NAME: CAPTION")
+            continue
         captions[name.strip()] = caption.strip()
     return captions
 
 
-def read_caption_json(path):
+def read_caption_json(path, reading):
     """{name: caption} of a JSON file of just this form."""
-    try:
-        content = json.loads(path.read_text(errors="replace"))
-        pairs = content.items()
-        return {name.strip(): caption.strip() for name, caption in pairs}
-    except (ValueError, AttributeError):                 # no JSON, no names in it, no texts
-        raise BadInput(f'{path}: expected {{"NAME": "CAPTION"}}') from None
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise BadInput(f'{path}: expected {{"NAME": "CAPTION"}}')
+    captions = {}
+    for name, caption in content.items():
+        if isinstance(caption, str):
+            captions[name.strip()] = caption.strip()
+        else:
+            reading.leave_out("caption", f'{path}, {name}: expected {{"NAME": "CAPTION"}}')
+    return captions
 
 
-def read_captions(folder, names):
+def read_captions(folder, names, reading):
     """A user's captions, {name of an object: caption}; an object may have none.
 
     From a caption.txt in the object's own folder; from captions.txt; from captions.json. What is
@@ -2124,17 +2631,18 @@ def read_captions(folder, names):
     for name in names:
         path = folder / name / "caption.txt"
         if path.is_file():
-            captions[name] = path.read_text(errors="replace").strip()
+            captions[name] = read_text(path).strip()
     for file, read in (("captions.txt", read_caption_lines), ("captions.json", read_caption_json)):
         path = folder / file
         if not path.is_file():
             continue
-        found = read(path)
-        unknown = set(found) - set(names)
-        if unknown:
-            raise BadInput(f"{path}: no object is called {min(unknown)}; there are: "
-                           f"{some_of(names, 9)}")
-        captions.update(found)
+        with reading.trying("file of captions", str(path)):
+            found = read(path, reading)
+            unknown = sorted(set(found) - set(names))
+            if unknown:
+                reading.leave_out("caption", f"{path}: no object is called {some_of(unknown, 3)}; "
+                                  f"there are: {some_of(names, 9)}", len(unknown))
+            captions.update(found)
     return captions
 
 
@@ -2146,7 +2654,12 @@ def some_of(names, n):
     return listed
 
 
-# ---- Load ----------------------------------------------------------------------------------------
+# ---- What a folder is ----------------------------------------------------------------------------
+#
+# One rule, which anybody can foresee: a folder is a photographed object if one of the files of
+# LAYOUTS lies in it; a video is a clip. Objects are looked for in the folder that is given, and in
+# those below. Pictures alone are nothing: they may be photos from all round, whose cameras are
+# still to be found, or frames of a clip (--as-clips says so).
 
 SYNTHETIC = "synthetic: chairs, tables and vehicles of boxes and cylinders"
 PUPPETS = "puppets: articulated people before one camera, a clip each"
@@ -2158,12 +2671,13 @@ MOVING = (PUPPETS, CLIPS)
 NO_MASKS = ("photos without masks: provide an alpha channel, or a folder masks/ beside images/ "
             "with white objects on black, of the same names")
 
-# Photos of other layouts: the name, the reader, and the files that tell one.
+# Photos: the layout's name, its reader, and the files that tell it.
 LAYOUTS = []
 LAYOUTS.append(("NeRF transforms", read_transforms, TRANSFORMS))
 LAYOUTS.append(("SRN", read_srn, ("pose/*.txt",)))
 LAYOUTS.append(("LLFF", read_llff, ("poses_bounds.npy",)))
-LAYOUTS.append(("COLMAP", read_colmap, SPARSE))
+LAYOUTS.append(("COLMAP", read_colmap, ("sparse/*/images.bin", "sparse/*/images.txt",
+                                        "sparse/images.bin", "sparse/images.txt")))
 LAYOUTS.append(("Objaverse renders", read_objaverse, ("???.npy",)))
 
 
@@ -2177,61 +2691,126 @@ class Found:
     read: object = None          # other photos: their layout's reader
 
 
-def find_coil(folder):
+def find_coil(folder, reading):
     """COIL-100's objects in a folder, in the order of their numbers: a list of Found."""
     photos = {}                                          # {number: {degrees: path}}
-    for path in folder.glob("obj*__*.png"):
+    for path in files_in(folder, (".png",)):
         match = re.fullmatch(r"obj(\d+)__(\d+)", path.stem)
         if match:
             number, degrees = int(match[1]), int(match[2])
-            photos.setdefault(number, {})[degrees] = path
+            of_object = photos.setdefault(number, {})
+            if degrees in of_object:
+                reading.leave_out("photo", f"{path}: {degrees} degrees are there already")
+            else:
+                of_object[degrees] = path
     return [Found(f"obj{number}", COIL, photos[number]) for number in sorted(photos)]
 
 
-def find_photos(folder, root, depth=3):
-    """All photographed objects in a folder, or else in those below it: a list of Found."""
-    found = find_coil(folder)
-    if found:
-        return found
+def layout_of(folder):
+    """The layout of a folder's photos and its reader; None, None where no file tells one."""
     for layout, read, signs in LAYOUTS:
         for sign in signs:
-            if any(folder.glob(sign)):
-                name = folder.name
-                if folder != root:
-                    name = folder.relative_to(root).as_posix()
-                return [Found(name, layout, folder, read)]
-    if depth > 0:
-        for below in sorted(folder.iterdir()):
-            if below.is_dir():
-                found += find_photos(below, root, depth - 1)
+            if any(path.is_file() for path in folder.glob(sign)):
+                return layout, read
+    return None, None
+
+
+def find_photos(folder, root, reading, depth=3):
+    """All photographed objects in a folder, or else in those below it: a list of Found.
+
+    A folder of photos that no file tells the cameras of is left out, by name; only find knows
+    whether all are like this.
+    """
+    found = find_coil(folder, reading)
+    if found:
+        return found
+    layout, read = layout_of(folder)
+    if layout is not None:
+        name = folder.name
+        if folder != root:
+            name = folder.relative_to(root).as_posix()
+        return [Found(name, layout, folder, read)]
+    already = len(reading.losses)
+    for below in listing(folder):
+        if below.is_dir() and depth > 0:
+            found += find_photos(below, root, reading, depth - 1)
+    if not found and photos_in(folder):
+        del reading.losses[already:]     # its images/ and masks/, say, are no objects
+        reading.leave_out("object", f"{folder}: photos, but no cameras")
     return found
 
 
-def find_clips(folder):
-    """All clips in a folder: a list of Found."""
-    found = []
-    for path in clips_in(folder):
-        name = path.name if path.is_dir() else path.stem
-        found.append(Found(name, CLIPS, path))
-    return found
+def find(source, n_objects, reading=None):
+    """All objects of a source: a list of Found; BadInput where there is none.
 
-
-def find(source, n_objects):
-    """All objects of a source: a list of Found; BadInput where there is none."""
+    reading: takes note of what is left out, and tells whether pictures may be clips
+    """
+    reading = reading or Reading(size=64)
     if str(source) == "synthetic":
         return [Found(f"{k:04d}", SYNTHETIC, k) for k in range(n_objects)]
     if str(source) == "puppets":
         return [Found(f"{k:04d}", PUPPETS, k) for k in range(n_objects)]
     folder = Path(source).resolve()
+    if folder.is_file():
+        return [find_one_clip(folder, reading)]
     if not folder.is_dir():
         raise BadInput(f"{source}: no such folder (nor is it 'synthetic' or 'puppets')")
-    found = find_photos(folder, folder) or find_clips(folder)
+    reading.root = str(folder)
+    if not reading.as_clips:
+        found = find_photos(folder, folder, reading)
+        for video in files_in(folder, VIDEOS):
+            if found:
+                reading.remark(f"{video}: not read, as there are photos with cameras")
+        if found:
+            return found
+    found = find_clips(folder, folder, reading)
     if not found:
-        known = [f"{' or '.join(signs)} ({layout})" for layout, _, signs in LAYOUTS]
-        raise BadInput(f"{source}: no layout recognised here or below. Known are: "
-                       f"{'; '.join(known)}; obj1__0.png (COIL-100); clips, which are videos "
-                       f"({' '.join(VIDEOS)}), strips of square frames or folders of frames")
-    return found
+        raise BadInput("; ".join([no_layout(source, folder), *reading.skipped()]))
+    return names_once(found, reading)
+
+
+def names_once(found, reading):
+    """The same without those whose name another has: captions and --objects go by names."""
+    kept = {}
+    for one in found:
+        if one.name in kept:
+            reading.leave_out("object", f"{one.origin}: called {one.name}, as is "
+                              f"{kept[one.name].origin}")
+        kept.setdefault(one.name, one)
+    return list(kept.values())
+
+
+def find_one_clip(path, reading):
+    """A file that is a clip by itself: a Found."""
+    is_video = path.suffix.lower() in VIDEOS
+    is_strip = path.suffix.lower() in PHOTOS and reading.as_clips
+    if not (is_video or is_strip):
+        raise BadInput(f"{path}: this is a file: give the folder that it lies in")
+    reading.root = str(path.parent)
+    return Found(path.stem, CLIPS, path)
+
+
+def no_layout(source, folder):
+    """Why a folder is refused: what lies there, and what would be known."""
+    files = []                           # some, here and up to two folders below
+    for path in itertools.islice(itertools.chain(
+            folder.glob("*"), folder.glob("*/*"), folder.glob("*/*/*")), 5000):
+        if path.is_file() and not path.name.startswith("."):
+            files.append(path)
+    pictures = [path for path in files if path.suffix.lower() in PHOTOS]
+    others = [path.relative_to(folder).as_posix() for path in files if path not in pictures]
+    folders = [path.name for path in listing(folder) if path.is_dir()]
+    there = [f"{len(pictures)} pictures"]
+    if folders:
+        there.append(f"folders {some_of(folders, 4)}")
+    if others:
+        there.append(f"and in no known form {some_of(sorted(others), 3)}")
+    known = [f"{' or '.join(signs)} ({layout})" for layout, _, signs in LAYOUTS]
+    return (f"{source}: no layout that is known, here or below; there are {', '.join(there)}. An "
+            f"object is a folder with {'; '.join(known)}; or obj1__0.png ... (COIL-100). A video "
+            f"({' '.join(VIDEOS)}) is a clip. Pictures alone tell no cameras: run COLMAP; or, if "
+            "each folder of them is filmed by one fixed camera, or each is a strip of square "
+            "frames, say --as-clips")
 
 
 def choose(found, objects, source):
@@ -2248,25 +2827,28 @@ def choose(found, objects, source):
     return [one for one in found if one.name in wanted]
 
 
-def is_moving(source):
+def is_moving(source, as_clips=False):
     """Whether `load` would find puppets or clips; False, too, where it would find nothing."""
     try:
-        found = find(source, n_objects=1)
+        found = find(source, 1, Reading(size=64, as_clips=as_clips))
     except BadInput:
         return False
     return found[0].layout in MOVING
 
 
+# ---- Load ----------------------------------------------------------------------------------------
 def load(source, size, holdout=6, seed=0, n_objects=128, n_views=24, objects=None, arc=0.0,
-         shared_colours=True, clip_filter=False):
+         shared_colours=True, clip_filter=False, as_clips=False, max_megapixels=64.0,
+         max_frames=2000):
     """The Dataset of "synthetic", "puppets" or a folder of photos or clips; square images.
 
     holdout: every n-th view of an object is held out, or the last 1/n of a clip; 0: none
     seed, n_objects, n_views: of what is made up           objects: "obj2,obj5" keeps these only
     arc: see cameras_on_an_arc; 0: cameras all round       shared_colours: see make_puppet
-    clip_filter: see clip_object            raises BadInput where a folder is not what it should be
+    clip_filter, as_clips, max_megapixels, max_frames: see Reading
+    What cannot be used is left out and named in `skipped`; BadInput where nothing is left.
     """
-    skipped = Counter()
+    reading = Reading(size, "", as_clips, clip_filter, max_megapixels, max_frames)
 
     def build(one):                                      # a Found -> its Capture
         if one.layout == SYNTHETIC:
@@ -2274,36 +2856,45 @@ def load(source, size, holdout=6, seed=0, n_objects=128, n_views=24, objects=Non
         if one.layout == PUPPETS:
             return puppet_object(one.origin, seed, n_views, size, shared_colours)
         if one.layout == COIL:
-            return coil_object(one.origin, size)
+            return coil_object(one.origin, reading)
         if one.layout == CLIPS:
-            return clip_object(one.origin, size, clip_filter, skipped)
-        return photo_object(one.read, one.origin, size, skipped)
-    found = find(source, n_objects)
+            return clip_object(one.origin, reading)
+        return photo_object(one.read, one.origin, reading)
+    found = find(source, n_objects, reading)
     chosen = choose(found, objects, source)
     names, captures = [], []
     for one in chosen:
-        try:
+        with reading.trying("object", one.name):
             captures.append(build(one))
             names.append(one.name)
-        except LeftOut as reason:
-            skipped[str(reason)] += 1
-    skipped = [f"{n} {reason}" for reason, n in skipped.items() if n > 0]
     if not captures:
-        raise BadInput(f"{source}: nothing is left ({', '.join(skipped)}); {NO_MASKS}")
+        raise BadInput(nothing_left(source, chosen, reading))
     if chosen[0].layout not in MADE_UP:
-        own = read_captions(Path(source), [one.name for one in found])
+        own = read_captions(Path(source), [one.name for one in found], reading)
         for name, capture in zip(names, captures):
             capture.caption = own.get(name)
     layout = ", ".join(dict.fromkeys(one.layout for one in chosen))  # each once, in order
     moving = chosen[0].layout in MOVING
-    return gather(names, captures, holdout, layout, skipped, moving)
+    return gather(names, captures, holdout, layout, reading, moving)
+
+
+def nothing_left(source, chosen, reading):
+    """Why nothing could be used: of one object, its reason; of more, what was left out."""
+    line = f"{source}: nothing is left: {'; '.join(reading.skipped())}"
+    if len(chosen) == 1:
+        _, _, line = reading.losses[-1]
+        line = f"{source}: {line}"
+    if "no mask" in line:
+        line += f"; {NO_MASKS}"
+    return "; ".join([line, *reading.remarks])
 
 
 def load_for(settings, source):
     """The Dataset of `source` as settings (train.py's, or a namespace with the same fields) say."""
     return load(source, settings.size, settings.holdout, settings.seed, settings.n_objects,
                 settings.n_views, settings.objects, settings.arc, settings.shared_colours,
-                settings.clip_filter)
+                settings.clip_filter, settings.as_clips, settings.max_megapixels,
+                settings.max_frames)
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -2381,6 +2972,8 @@ def describe(dataset):
     lines.append(f"captions  {dataset.captions[0] or 'none'}")
     for reason in dataset.skipped or ["nothing"]:
         lines.append(f"skipped   {reason}")
+    for remark in dataset.remarks:
+        lines.append(f"odd       {remark}")
     return lines
 
 
@@ -2394,6 +2987,10 @@ def make_parser():
     add("--out", default="data-check", help="folder for the pictures (data-check)")
     add("--objects", help="only these, separated by commas")
     add("--holdout", type=int, default=6, help="every n-th view; 0: none (6)")
+    add("--as-clips", action="store_true",
+        help="folders of frames, and strips of square frames, are clips")
+    add("--max-megapixels", type=float, default=64.0, help="of a picture (%(default)g)")
+    add("--max-frames", type=int, default=2000, help="of an object (%(default)s)")
     add("--clip-filter", action="store_true",
         help="of clips: drop the ends, frames under 25 %% foreground, short ones")
     return parser
@@ -2405,7 +3002,8 @@ def main(arguments=None):
     if args.size < 8 or args.holdout < 0:
         raise BadInput("--size must be at least 8, --holdout at least 0")
     dataset = load(args.data, args.size, args.holdout, objects=args.objects,
-                   clip_filter=args.clip_filter)
+                   clip_filter=args.clip_filter, as_clips=args.as_clips,
+                   max_megapixels=args.max_megapixels, max_frames=args.max_frames)
     print("\n".join(describe(dataset)))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -915,14 +915,15 @@ def load_driving(trained, clip):
     clip     its name in the run's data, or a path
     returns  its frames over white (T, 3, H, W)
     """
-    source, name = trained.source, clip
-    path = Path(clip)
-    if path.exists():
-        source = path.parent
-        name = path.name if path.is_dir() else path.stem
     settings = SimpleNamespace(**vars(trained.data_settings))          # a copy, for this clip alone
-    settings.objects = name
     settings.clip_filter = False
+    if Path(clip).exists():
+        source = clip
+        settings.objects = ""
+        settings.as_clips = True
+    else:
+        source = trained.source
+        settings.objects = clip
     dataset = data.load_for(settings, source)
     if not dataset.moving:
         raise BadInput(f"--drive {clip}: not a clip")

@@ -263,6 +263,10 @@ class AllSettings(Settings):
                         "from all round; 0: all round")
     shared_colours: bool = option(True, "data", "of puppets: left pink, right cyan, skin and hair "
                                   "of human colours; else every puppet has its own")
+    as_clips: bool = option(False, "data", "folders of frames, and strips of square frames in one "
+                            "picture, are clips, as videos are")
+    max_megapixels: float = option(64.0, "data", "larger pictures are not read")
+    max_frames: int = option(2000, "data", "objects of more photos or frames are not read")
     clip_filter: bool = option(False, "data", "the paper's: drop the first and last tenth of a "
                                "clip, frames under 25 % foreground, clips under 4 frames")
 
@@ -490,7 +494,8 @@ def idle_flags(args, settings, learned):
     if args.data != "puppets":
         yield ["shared_colours"], "goes with --data puppets"
     if args.data in ("synthetic", "puppets"):
-        yield ["clip_filter"], "is for a folder of clips"
+        yield ["clip_filter", "as_clips"], "is for a folder of clips"
+        yield ["max_megapixels", "max_frames"], "is for a folder of photos or clips"
     else:
         yield ["n_objects", "n_views"], "is for built-in objects; of a folder all are taken"
     if not learned:
@@ -1419,11 +1424,18 @@ def make_parser():
     return parser
 
 
+def has_clips(args):
+    """Whether --data is of what moves."""
+    if args.data == "synthetic":
+        return False
+    return data.is_moving(args.data, bool(args.as_clips))
+
+
 def choose_preset(args):
     """--preset, or what suits the data."""
     if args.preset:
         return args.preset
-    if args.data not in ("synthetic", "puppets") and data.is_moving(args.data):
+    if args.data not in ("synthetic", "puppets") and has_clips(args):
         return "tiny-clips"
     if args.data == "puppets" or args.cameras == "learned":
         return "tiny-video"
@@ -1446,7 +1458,7 @@ def parse(arguments=None):
             values[field.name] = value
             args.given.add(field.name)
     # What would change nothing is refused before the settings are checked as a whole.
-    clips = args.data == "puppets" or (args.data != "synthetic" and data.is_moving(args.data))
+    clips = has_clips(args)
     learned = clips or args.cameras == "learned"
     refuse_idle_flags(args, AllSettings(**values), args.given, learned)
     if not clips and values.get("parts", 0) > 1 and "parts" in args.given:
