@@ -900,7 +900,8 @@ def test_llff_takes_the_smallest_copy_that_is_large_enough(tmp_path):
     for name, side in (("images", 40), ("images_2", 20), ("images_4", 10)):
         save(tmp_path / name, np.zeros((1, side, side, 4), np.uint8))
     for size, expected in ((8, "images_4"), (10, "images_4"), (11, "images_2"), (99, "images")):
-        assert data.llff_photos(tmp_path, data.Reading(size=size)) == [tmp_path / expected / "000.png"]
+        found = data.llff_photos(tmp_path, data.Reading(size=size))
+        assert found == [tmp_path / expected / "000.png"]
 
 
 def test_a_folder_of_many_objects_is_many_objects_in_order(shots, tmp_path):
@@ -1545,7 +1546,7 @@ def test_a_damaged_text_or_array_costs_its_view_or_its_object(
     (tmp_path / file).write_text(content)
     if usable:
         dataset = data.load(tmp_path, 32)
-        assert len(dataset.images) == 11 and file in dataset.skipped[0]
+        assert len(dataset.images) == 11 and Path(file).stem in dataset.skipped[0]
     else:
         with pytest.raises(BadInput, match=str(tmp_path)) as err:
             data.load(tmp_path, 32)

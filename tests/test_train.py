@@ -158,8 +158,10 @@ FLAGS = {
     # One of three parts lies where nothing is, and claims too little.
     "usage_weight": (MOVING + ["--parts", "3", "--reach", "0.01,0.01,9"], "50")}
 # Of these, other tests say that they count.
-ELSEWHERE = {"clip_filter": "test_data.py", "t5": "t5", "guidance": "test_sample.py",
-             "n_sheet": "sheet", "log_every": "log", "save_every": "saved"}
+ELSEWHERE = {"clip_filter": "test_data.py", "as_clips": "test_data.py",
+             "max_megapixels": "test_data.py", "max_frames": "test_data.py", "t5": "t5",
+             "guidance": "test_sample.py", "n_sheet": "sheet", "log_every": "log",
+             "save_every": "saved"}
 
 
 def test_every_setting_is_a_flag_that_some_test_turns():
