@@ -1015,8 +1015,15 @@ def find_first(folder, names):
     return None
 
 
+def check_file(path):
+    """BadInput where there is no file of this name."""
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file")
+
+
 def read_text(path, most=2 ** 26):
     """A text file's content. 64 MiB: the cameras of 60,000 photos as JSON."""
+    check_file(path)
     size = path.stat().st_size
     if size > most:
         raise BadInput(f"{path}: {size / 2**20:.0f} MiB of text; no such file has over "
@@ -1034,6 +1041,7 @@ def read_json(path):
 
 def read_array(path, columns):
     """Rows of `columns` numbers (n, columns) float64, from .npy or text."""
+    check_file(path)
     try:
         if path.suffix.lower() == ".npy":
             # Mapped, not read: a header may promise more numbers than there are in the world.
@@ -1043,7 +1051,7 @@ def read_array(path, columns):
         if array.size > 10 ** 7:
             raise ValueError(f"{array.size} numbers")
         return np.array(array, float).reshape(-1, columns)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:           # numpy's reader of headers raises anything
         raise BadInput(f"{path}: expected rows of {columns} numbers ({error})") from None
 
 
@@ -1053,10 +1061,9 @@ def picture_shape(path, reading, longest=4):
     BadInput where there is no picture, where it has over reading.max_megapixels, or where a side is
     over `longest` times the other: such a strip, made square, would fill the memory.
     """
+    check_file(path)
     try:
         height, width = iio.improps(path, index=0, plugin="pillow").shape[:2]
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
     except Exception as error:           # decoders raise anything from SyntaxError to OSError
         raise BadInput(f"{path}: truncated, or not a picture ({error})") from None
     check_shape(path, height, width, reading, longest)
@@ -1088,7 +1095,10 @@ def read_image(path, reading, upright=False, longest=4):
 def orientation(path):
     """EXIF's: 1 upright; 3 upside down; 6 its left side is up; 8 its right side is up; the others
     are mirrored."""
-    metadata = iio.immeta(path, index=0, plugin="pillow", exclude_applied=False)
+    try:
+        metadata = iio.immeta(path, index=0, plugin="pillow", exclude_applied=False)
+    except Exception as error:           # as above
+        raise BadInput(f"{path}: truncated, or not a picture ({error})") from None
     found = metadata.get("Orientation", 1)
     return found if found in range(1, 9) else 1
 
@@ -1121,7 +1131,7 @@ def check_pose(image, pose):
     """BadInput unless pose is [R t; 0 1] with a rotation R: R R^T = I and det R = +1."""
     if pose.shape != (4, 4):
         raise BadInput(f"{image}: its pose has shape {pose.shape}, not (4, 4)")
-    if not np.isfinite(pose).all():
+    if not (np.abs(pose) < 1e12).all():  # false of nan, too
         raise BadInput(f"{image}: its pose is not finite")
     R = pose[:3, :3]
     error = np.abs(R @ R.T - np.eye(3)).max()
@@ -1131,14 +1141,14 @@ def check_pose(image, pose):
 
 
 def check_camera(image, camera, camera_size, lens):
-    """BadInput unless all is finite, and focal lengths and sizes are positive."""
+    """BadInput unless focal lengths and sizes are positive, and no number is over a million."""
     numbers = np.array([*camera, *camera_size, *lens], float)
     fx, fy = camera[:2]
     width, height = camera_size
-    positive = min(fx, fy, width, height) > 0
-    if not (positive and np.isfinite(numbers).all()):
-        raise BadInput(f"{image}: focal length {fx}, image {width} x {height}: these must be "
-                       "finite and positive")
+    too_large = not (np.abs(numbers) < 1e6).all()        # true of nan, too
+    if min(fx, fy, width, height) < 1e-6 or too_large:
+        raise BadInput(f"{image}: camera {camera} of an image {width:g} x {height:g}, lens {lens}: "
+                       "the focal length and the size must be positive, all in pixels")
 
 
 def to_4x4(matrix):
@@ -1531,6 +1541,7 @@ def take_count(file, path, most):
 def binary_cameras(path, most):
     """cameras.bin: how many, then one after another; returns what text_cameras does."""
     cameras = {}
+    check_file(path)
     with open(path, "rb") as file:
         for _ in range(take_count(file, path, most)):
             number, model, width, height = take(file, "IiQQ")
