@@ -3042,6 +3042,19 @@ def describe_cameras(dataset):
             f"          field of view {span(fov)} degrees; {share:.0f} % see the cube's middle")
 
 
+def describe_hull(dataset, most=4):
+    """A line on how well the first objects' masks and cameras agree."""
+    agreement = []
+    n_objects = min(most, dataset.n_objects)
+    for k in range(n_objects):
+        frames = dataset.frames_of(k)
+        whole = torch.tensor([0.0, 0, 1, 1]).expand(len(frames), 4)
+        agreement.append(hull_agreement(dataset.masks[frames], dataset.cam2world[frames],
+                                        dataset.intrinsics[frames], whole))
+    return (f"hull      masks of {n_objects} object(s) agree with what the others leave of space to "
+            f"{span(100 * torch.cat(agreement))} %")
+
+
 def describe(dataset):
     """What was found, in lines."""
     views = dataset.object_index.bincount()              # (N,) of each object
@@ -3057,6 +3070,7 @@ def describe(dataset):
         lines.append("cameras   unknown, as are the poses: to be learned")
     else:
         lines.append(describe_cameras(dataset))
+        lines.append(describe_hull(dataset))
     lines.append(f"masks     cover {span(cover)} % of a frame")
     lines.append(f"captions  {dataset.captions[0] or 'none'}")
     for reason in dataset.skipped or ["nothing"]:
