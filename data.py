@@ -1646,7 +1646,7 @@ def photo_object(read, folder, reading):
             shots.remove(shot)
     if wrong.any() or capture is None:
         capture, agreement = into_cube(shots, up, folder, reading.size)
-    # Built-in chairs, with legs as thin as a voxel, have 0.85 with 12 views, lego and the head 0.94.
+    # Built-in chairs, whose legs are thin, have 0.85 with 12 views; lego and the head have 0.94.
     if len(agreement) >= 10 and agreement.median() < 0.8:
         reading.remark(f"{folder}: what the masks have in common, seen again, covers them to "
                        f"{100 * agreement.median():.0f} % only: are cameras and masks right?")
@@ -3051,7 +3051,7 @@ def describe_hull(dataset, most=4):
         whole = torch.tensor([0.0, 0, 1, 1]).expand(len(frames), 4)
         agreement.append(hull_agreement(dataset.masks[frames], dataset.cam2world[frames],
                                         dataset.intrinsics[frames], whole))
-    return (f"hull      masks of {n_objects} object(s) agree with what the others leave of space to "
+    return (f"hull      masks of {n_objects} object(s) agree with what the others leave of space: "
             f"{span(100 * torch.cat(agreement))} %")
 
 
