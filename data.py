@@ -237,14 +237,20 @@ def load_synthetic(size, holdout=6, seed=0, n_objects=128, n_views=24):
 
 # ==== Second reading: other objects, what moves, photos and clips =================================
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
 import difflib  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
+import os  # noqa: E402
 import re  # noqa: E402
+import shlex  # noqa: E402
+import signal  # noqa: E402
 import struct  # noqa: E402
 import sys  # noqa: E402
+import tempfile  # noqa: E402
 from collections import Counter  # noqa: E402
 from pathlib import Path  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
 
 import imageio.v3 as iio  # noqa: E402
 
@@ -255,6 +261,15 @@ from render import project  # noqa: E402
 
 class BadInput(Exception):
     """What a stranger gave us is wrong: one line saying what, where, and what to do."""
+
+
+class Interrupted(BaseException):
+    """Ctrl-C, or a signal to end. As KeyboardInterrupt it is no Exception: whoever catches those,
+    because a stranger's file may raise any of them, does not catch this. number: the signal's."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
 
 
 class Parser(argparse.ArgumentParser):
@@ -272,15 +287,141 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
+def check_number(name, value, bounds):
+    """Refuses a number outside of its bounds (least, most), and what is no number at all."""
+    least, most = bounds
+    # TRAP: nan compares as False with everything: so it is asked what is right, not what is wrong.
+    if not least <= value <= most:
+        raise BadInput(f"{name} must be between {least} and {most}, got {value}")
+
+
+# What a signal leaves for a loop to see, and what run_cli says of it afterwards.
+#     waits   whether a loop is running that looks at `asked` after each step
+#     asked   the number of the signal that came meanwhile, or None
+#     saved   what can be gone on from, in words; "" where nothing can
+STOP = SimpleNamespace(waits=False, asked=None, saved="")
+
+
+def on_signal(number, frame):
+    """What Ctrl-C and SIGTERM do: stop at once, or where a loop waits for it, after the step."""
+    if STOP.waits and STOP.asked is None:
+        STOP.asked = number
+        return
+    raise Interrupted(number)                  # also by the second signal: somebody is in a hurry
+
+
+@contextlib.contextmanager
+def finishing_steps():
+    """Around a loop that is to end between two steps: yields STOP, whose `asked` it looks at."""
+    STOP.waits = True
+    try:
+        yield STOP
+    finally:
+        STOP.waits = False
+    if STOP.asked is not None:                 # in the last step, or while pictures were drawn
+        raise Interrupted(STOP.asked)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Yields a temporary name beside `path`, which becomes `path` once all is written.
+
+    To rename is one step for the file system: whoever is killed, or finds the disk full, in the
+    middle of writing leaves the earlier file as it was. The name keeps the suffix, which tells
+    writers of pictures what to write, and carries the number of the process: see remove_fragments.
+    Raises BadInput, which names the file and the reason.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        # TRAP: the name may be on the disk before the content is: after a power cut the file would
+        # be empty, and the earlier one gone.
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = getattr(error, "strerror", None) or lines[0][:100]
+        raise BadInput(f"{path} cannot be written: {reason}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def is_running(process):
+    """Whether there is a process of this number besides our own."""
+    if process == os.getpid():
+        return False                           # an earlier one's, which had our number
+    if os.name == "nt":
+        return True                            # TRAP: on Windows os.kill would end it
+    try:
+        os.kill(process, 0)                    # no signal: it only asks
+    except PermissionError:
+        return True                            # somebody else's
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+def remove_fragments(folder):
+    """Removes what a killed program was writing in a folder, and nobody is writing any more."""
+    for path in Path(folder).glob(".*.tmp*"):
+        name = re.fullmatch(r"\..+\.(\d+)\.tmp(\.\w+)?", path.name)
+        if name and not is_running(int(name[1])):
+            path.unlink(missing_ok=True)
+
+
+def make_folder(path):
+    """Makes a folder for results, or says at once why nothing can be written there (OSError)."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    remove_fragments(path)
+    with tempfile.TemporaryFile(dir=path):     # it goes again by itself
+        pass
+
+
 def run_cli(main):
-    """Calls main(); a BadInput, or a file that cannot be read or made, becomes one line on stderr
-    and exit status 2, not a traceback."""
+    """Calls main(); what goes wrong becomes one line on stderr and an exit status, no traceback.
+
+    2              BadInput, a file that cannot be read or made, no memory left
+    130 and 143    Ctrl-C and SIGTERM: see on_signal. The line says how to go on, where one can
+    """
+    STOP.asked, STOP.saved = None, ""
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, on_signal)
     try:
         main()
-    except (BadInput, OSError) as err:
-        one_line = " ".join(str(err).split())
-        print(f"error: {one_line}", file=sys.stderr)
-        sys.exit(2)
+    except (BadInput, OSError) as error:
+        fail(str(error), 2)
+    except MemoryError:
+        fail("not enough memory", 2)
+    except RuntimeError as error:
+        if "memory" not in str(error):         # as torch says it
+            raise
+        fail(f"not enough memory: {error}", 2)
+    except Interrupted as interrupted:
+        stopped(interrupted.number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fail(message, status):
+    """One line on stderr, and the end."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def stopped(number):
+    """The line and the exit status of a program that a signal has ended."""
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    line = f"stopped by {name}"
+    if STOP.saved:
+        command = sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"]
+        line += f"; {STOP.saved}; go on with: python {shlex.join(command)}"
+    print(line, file=sys.stderr)
+    sys.exit(128 + number)                     # as shells say it
 
 
 # ---- What every source delivers, and what it becomes ---------------------------------------------
