@@ -403,6 +403,7 @@ def run_cli(main):
     except Interrupted as interrupted:
         stopped(interrupted.number)
     finally:
+        STOP.asked = None                      # or the next main() would stop in its first step
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -1229,7 +1229,7 @@ def parse(arguments=None):
     if "guidance" in given and "prompt" not in given:
         raise BadInput("--guidance says how strongly a --prompt is followed, and there is none")
     if "data" in given and "drive" not in given:
-        raise BadInput("--data says where a clip to --drive is looked for, and there is none")
+        raise BadInput(f"--data {args.data} says where a clip to --drive is, and there is none")
     check_numbers(args)
     if args.mesh:
         import_marching_cubes()                            # before the work, not after it

@@ -633,13 +633,11 @@ def measure_body(dataset):
     return x, y, min(x, y)                    # no frame tells the depth: the smaller of the two
 
 
-def fit_to_data(settings, cameras, dataset, source):
+def fit_to_data(settings, cameras, dataset):
     """Settings that follow from the data: whether cameras are learned, the lens, the ellipsoid.
 
-    cameras: what --cameras said, or None; source: what --data said
+    cameras: what --cameras said, or None
     """
-    if cameras == "known" and dataset.moving:
-        raise BadInput(f"--cameras known: {source} has none; leave it out, or say learned")
     if cameras != "learned" and not dataset.moving:
         return dataclasses.replace(settings, parts=0)
     check_poses(settings)
@@ -1819,6 +1817,8 @@ def parse(arguments=None):
     clips = args.data == "puppets" or (args.data != "synthetic" and data.is_moving(args.data))
     learned = clips or args.cameras == "learned"
     refuse_idle_flags(args, AllSettings(**values), args.given, learned)
+    if clips and args.cameras == "known":
+        raise BadInput(f"--cameras known: {args.data} has none; leave it out, or say learned")
     if not clips and values.get("parts", 0) > 1 and "parts" in args.given:
         raise BadInput(f"--parts {values['parts']}: rigid objects have one part; only clips of "
                        "what moves have more")
@@ -1849,7 +1849,7 @@ def train_stages(args, settings, device):
         training = len(dataset.heldout) - heldout
         print(f"data    | {dataset.layout}: {n_objects} objects, {training} training and {heldout} "
               f"held-out views, {settings.size}x{settings.size}, {seconds:.0f} s")
-        settings = fit_to_data(settings, args.cameras, dataset, args.data)
+        settings = fit_to_data(settings, args.cameras, dataset)
         source = absolute_source(args.data)
         run_stage1(settings, dataset, args.out, device, source, args.resume)
         add_metrics(args.out, settings, seconds_data=round(seconds, 1))

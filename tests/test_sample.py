@@ -58,13 +58,17 @@ def make_run(folder, source="synthetic", names=NAMES, lively=False, **changes):
         for weight in denoiser.parameters():
             weight.data += 0.05 * torch.randn_like(weight)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"stage": 1, "settings": values, "names": names, "captions": names,
-                "source": source, "fingerprint": "f", "model": decoder.state_dict(),
-                "view": {"distance": 4.0, "elevation": 0.3}, "posenet": posenet, "poses": poses},
-               folder / "stage1.pt")
-    torch.save({"stage": 2, "settings": values, "decoder": "f", "m": torch.tensor(-3.0),
-                "s": torch.tensor(2.0), "vocabulary": vocabulary, "ema": denoiser.state_dict()},
-               folder / "stage2.pt")
+    digests = []
+    if source == "puppets":
+        digests = sample.object_digests(data.load_for(settings, source))
+    train.save(folder / "stage1.pt", {
+        "stage": 1, "settings": values, "names": names, "captions": names, "source": source,
+        "fingerprint": "f", "model": decoder.state_dict(), "posenet": posenet, "poses": poses,
+        "view": {"distance": 4.0, "elevation": 0.3}, "object_digests": digests,
+        "data_digest": sample.content_digest({"objects": digests})})
+    train.save(folder / "stage2.pt", {
+        "stage": 2, "settings": values, "decoder": "f", "m": torch.tensor(-3.0),
+        "s": torch.tensor(2.0), "vocabulary": vocabulary, "ema": denoiser.state_dict()})
     return folder
 
 
@@ -90,7 +94,7 @@ def edit(path, **changes):
             del checkpoint[key]
         else:
             checkpoint[key] = value
-    torch.save(checkpoint, path)
+    train.save(path, checkpoint)
 
 
 def refused(call, *words):
@@ -718,6 +722,18 @@ def test_a_subject_is_driven_by_the_poses_that_the_clips_frames_show(moving_run)
     refused(lambda: sample.load_driving(trained, "0007"), "0007")
 
 
+def test_a_clip_that_is_no_longer_what_the_run_has_seen_is_refused(moving_run, tmp_path):
+    trained = sample.open_run(moving_run)
+    trained.object_digests = ["of others"] * 3
+    refused(lambda: sample.load_driving(trained, "0001"), "puppets", str(moving_run), "--data",
+            "are not the photos that")
+    trained.source = str(tmp_path / "gone")
+    refused(lambda: sample.load_driving(trained, "0001"), "gone", "--data", "is not there")
+    trained.object_digests = sample.object_digests(data.load_for(trained.data_settings, "puppets"))
+    sample.load_driving(trained, "0001", "puppets")        # they are there now
+    assert trained.poses.shape == (6, 2, 4, 4)
+
+
 def test_any_clip_drives_with_all_of_its_frames_whatever_the_run_left_out(moving_run, tmp_path):
     rgba = torch.zeros(20, 32, 32, 4, dtype=torch.uint8)
     for i in range(20):
@@ -815,6 +831,7 @@ CHANGES = {
 }
 NAMED_IN_AN_ERROR = {
     "--run": ["--run", "nowhere"],
+    "--data": ["--data", "somewhere"],
     "--device": ["--device", "gpu"],
 }
 
@@ -915,8 +932,12 @@ def test_flags_that_do_not_go_together_are_refused_by_name_before_anything_is_re
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--steps", "0"], ["--steps", "at least 1"]),
-    (["--n", "0"], ["--n", "at least 1"]),
+    (["--steps", "0"], ["--steps", "between 1 and"]),
+    (["--n", "0"], ["--n", "between 1 and"]),
+    (["--n", "1001"], ["--n", "between 1 and 1000"]),
+    (["--seed", "-1"], ["--seed", "between 0 and"]),
+    (["--interpolate", "0", "-1"], ["--interpolate", "between 0 and"]),
+    (["--data", "somewhere"], ["--data", "--drive"]),
     (["--churn", "-5"], ["--churn"]),
     (["--churn", "nan"], ["--churn"]),
     (["--guidance", "2"], ["--guidance", "--prompt"]),
@@ -980,6 +1001,18 @@ def ball_volume(side, centre, radius):
     volume[0] = ((radius - r) * 16 + 0.5).clamp(0, 1) * math.log(2) * side
     volume[1:, r < radius + 0.05] = torch.tensor([[1.0], [0.5], [0.0]])
     return volume
+
+
+def test_a_film_that_ffmpeg_could_not_finish_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(iio, "imwrite", lambda path, *_, **__: path.write_bytes(b"half a film"))
+    refused(lambda: sample.save_film(tmp_path, "film", torch.zeros(2, 3, 8, 8)), "film.mp4",
+            "disk full")
+    assert [path.name for path in tmp_path.iterdir()] == ["film.gif"]
+
+
+def test_more_samples_than_fit_into_memory_are_refused_at_once(folder, monkeypatch):
+    monkeypatch.setattr(sample, "physical_memory", lambda: 2**30)
+    refused(lambda: sample.main(["--run", str(folder), "--n", "900"]), "GiB of memory", "--n")
 
 
 def test_surface_colours_are_those_of_what_is_dense_there():
