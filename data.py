@@ -279,6 +279,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **options):
         super().__init__(*args, allow_abbrev=False, **options)
 
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        for word in args:
+            # TRAP: argparse takes "--" for the end of all flags even here: the value would be [].
+            if re.fullmatch(r"--[\w-]+=--", word):
+                raise BadInput(f"{word[:-3]} needs a value, got --")
+        return super().parse_args(args, namespace)
+
     def error(self, message):
         if message.startswith("unrecognized"):
             for flag in re.findall(r"--[\w-]+", message):
@@ -373,11 +381,15 @@ def remove_fragments(folder):
 
 
 def make_folder(path):
-    """Makes a folder for results, or says at once why nothing can be written there (OSError)."""
-    Path(path).mkdir(parents=True, exist_ok=True)
-    remove_fragments(path)
-    with tempfile.TemporaryFile(dir=path):     # it goes again by itself
-        pass
+    """Makes a folder for results; BadInput where nothing can be written there: better now than
+    after the work."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        remove_fragments(path)
+        with tempfile.TemporaryFile(dir=path):             # it goes again by itself
+            pass
+    except OSError as error:
+        raise BadInput(f"nothing can be written into {path}: {error.strerror}") from None
 
 
 def run_cli(main):

@@ -719,8 +719,10 @@ def save_film(folder, name, frames, fps=15):
     frames = to_uint8(even)
     gif = Path(folder) / f"{name}.gif"
     mp4 = Path(folder) / f"{name}.mp4"
+    # By way of memory. TRAP: where imageio finds the disk full it raises twice, once for nobody.
+    content = iio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / fps, loop=0)
     with data.writing(gif) as temporary:
-        iio.imwrite(temporary, frames, duration=1000 / fps, loop=0)
+        temporary.write_bytes(content)
     with data.writing(mp4) as temporary:
         iio.imwrite(temporary, frames, fps=fps, codec="libx264", macro_block_size=2)
         # TRAP: where ffmpeg finds the disk full, nobody says so. Its table of contents, "moov",

@@ -1365,7 +1365,7 @@ def run_stage1(settings, dataset, folder, device, source, resume=False):
         keep_what_will_not_fit(settings, folder, old)
     else:
         keep_aside(folder, moved=RUN_FILES)
-        add_metrics(folder, settings, source=source)
+    add_metrics(folder, settings, source=source)         # where its photos are now
     if state.step < settings.steps_stage1:               # else the log has rows of stage 2 to keep
         means = None if old is None else old["log"]
         state.log = Log(folder, 1, state.step, settings.steps_stage1, settings.log_every, means)
@@ -1621,28 +1621,35 @@ def bytes_of_a_step(settings, n_objects):
 def check_size(args, settings, n_objects, device):
     """Refuses what fits neither into memory nor on the disk, as far as a few lines can tell."""
     decoder, denoiser = model_sizes(settings, n_objects)
-    numbers = {}
-    if args.data in ("synthetic", "puppets"):
-        numbers["frames"] = n_objects * settings.n_views * settings.size**2 * 4      # r, g, b, mask
-    first = {"decoder, gradients and Adam": 4 * 4 * decoder}
-    second = {"denoiser, average, gradients and Adam": 4 * 5 * denoiser}
-    advice = "smaller settings, or a smaller --preset"
-    if device != "cpu":
-        first, second = {}, {}                               # they are in the GPU's memory
-    else:
-        first |= bytes_of_a_step(settings, n_objects)
-    sample.check_memory(numbers | first, advice)
-    to_write = 4 * 3 * decoder                               # weights, and two of Adam's for each
-    if args.stage is None:
-        sample.check_memory(numbers | second, advice)
+    frames = {}
+    if args.stage != 2 and args.data in ("synthetic", "puppets"):
+        frames["frames"] = n_objects * settings.n_views * settings.size**2 * 4       # r, g, b, mask
+    learning = {}                                            # on a GPU, it is not in this memory
+    to_write = 0
+    if args.stage != 2:
+        if device == "cpu":
+            learning = {"decoder, gradients and Adam": 4 * 4 * decoder}
+            learning |= bytes_of_a_step(settings, n_objects)
+        sample.check_memory(frames | learning, "smaller settings, or a smaller --preset")
+        to_write += 4 * 3 * decoder                          # weights, and two of Adam's for each
+    if args.stage != 1:
+        if device == "cpu":
+            learning = {"denoiser, average, gradients and Adam": 4 * 5 * denoiser}
+        sample.check_memory(frames | learning, "smaller settings, or a smaller --preset")
         to_write += 4 * 4 * denoiser
-    folder = args.out.absolute()
+    if not args.resume:                                      # else it is there already
+        check_disk(args.out, to_write)
+
+
+def check_disk(out, to_write):
+    """Refuses checkpoints of more bytes than the disk has left; out: a folder, there or not."""
+    folder = out.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    if to_write > free and not args.resume:
+    if to_write > free:
         raise BadInput(f"checkpoints take at least {to_write / 2**30:.2f} GiB, and on the disk of "
-                       f"{args.out} are {free / 2**30:.2f} left: another --out, or smaller settings")
+                       f"{out} are {free / 2**30:.2f} left: another --out, or smaller settings")
 
 
 def look_ahead(args, settings, device):
@@ -1653,6 +1660,8 @@ def look_ahead(args, settings, device):
         if args.data_given and source != first["source"]:
             raise BadInput(f"--data {args.data}: stage 2 learns from stage 1 alone, and that was "
                            f"trained on {first['source']}; leave --data out, or train stage 1")
+        settings = settings_of_stage2(settings, first, args.given)
+        check_size(args, settings, len(first["names"]), device)
         return first["source"]
     found = data.find(args.data, settings.n_objects)
     chosen = data.choose(found, settings.objects, args.data)

@@ -159,6 +159,30 @@ class Attack:
         return exec, ("import builtins; builtins.attacked = True",)
 
 
+def test_one_bit_of_one_weight_is_missed(folder):
+    for name, key in (("stage1.pt", "model"), ("stage2.pt", "ema")):
+        checkpoint = torch.load(folder / name, weights_only=True)
+        weight = next(value for value in checkpoint[key].values() if len(value.flatten()) > 10)
+        content = bytearray((folder / name).read_bytes())
+        content[content.index(weight.numpy().tobytes()) + 9] ^= 1
+        (folder / name).write_bytes(bytes(content))
+        stage = int(name[5])
+        refused(lambda: sample.load_checkpoint(folder, stage), name, "is damaged: what it holds")
+
+
+def test_the_digest_of_a_checkpoint_is_of_all_its_content_and_of_nothing_else():
+    content = {"a": torch.arange(3.0), "b": [1, 2.0, None, "x"], "c": {1: True, "n": (1, 2)}}
+    other_order = {"c": {"n": [1, 2], 1: True}, "b": [1, 2.0, None, "x"], "a": torch.arange(3.0)}
+    digest = sample.content_digest(content)
+    assert digest == sample.content_digest(other_order | {"digest": "itself"})
+    changed = [content | {"a": torch.arange(3)}, content | {"a": torch.arange(3.0)[:, None]},
+               content | {"b": [12.0, None, "x"]}, content | {"b": [1, 2, None, "x"]},
+               content | {"c": {1: True, "n": (1, 2), "d": {}}}, content | {"c": {1: 1, "n": [1, 2]}},
+               content | {"d": None}]
+    digests = {sample.content_digest(other) for other in changed}
+    assert len(digests) == len(changed) and digest not in digests
+
+
 def test_code_inside_a_checkpoint_is_refused_and_never_run(tmp_path):
     torch.save({"stage": 1, "settings": Attack()}, tmp_path / "stage1.pt")
     refused(lambda: sample.load_checkpoint(tmp_path, 1), "stage1.pt", "cannot be read")
@@ -961,6 +985,36 @@ def test_what_a_run_cannot_do_is_refused_before_anything_is_made(folder, flags, 
     assert sorted(path.name for path in folder.iterdir()) == ["stage1.pt", "stage2.pt"]
 
 
+# ---- The data of a run, once more ----------------------------------------------------------------
+
+
+def test_the_digest_of_a_dataset_is_of_all_that_training_sees():
+    dataset = data.load("synthetic", 16, 3, n_objects=3, n_views=3)
+    digests = sample.object_digests(dataset)
+    assert len(set(digests)) == 3
+    seen = {sample.data_digest(dataset)}
+    changes = {"names": ["0000", "0001", "another"], "images": dataset.images.clone(),
+               "masks": dataset.masks.clone(), "cam2world": dataset.cam2world.clone(),
+               "intrinsics": dataset.intrinsics.clone()}
+    for name, value in changes.items():
+        if name != "names":
+            value.view(-1)[-1] += 1                        # of the last frame of the last object
+        other = dataclasses.replace(dataset, **{name: value})
+        assert sample.object_digests(other)[:2] == digests[:2]
+        seen.add(sample.data_digest(other))
+    assert len(seen) == 6
+    swapped = dataclasses.replace(dataset, names=dataset.names[::-1])
+    assert sample.data_digest(swapped) not in seen
+
+
+def test_the_data_of_a_run_is_read_again_only_where_it_is_still_that(moving_run, tmp_path):
+    trained = sample.open_run(moving_run)
+    assert sample.load_data(trained).names == trained.names
+    trained.data_digest = "of others"
+    refused(lambda: sample.load_data(trained), "puppets", str(moving_run), "--data")
+    refused(lambda: sample.load_data(trained, str(tmp_path / "gone")), "gone", "is not there")
+
+
 # ---- Meshes --------------------------------------------------------------------------------------
 
 
@@ -1004,7 +1058,10 @@ def ball_volume(side, centre, radius):
 
 
 def test_a_film_that_ffmpeg_could_not_finish_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(iio, "imwrite", lambda path, *_, **__: path.write_bytes(b"half a film"))
+    def written(path, *_, **__):
+        return b"GIF" if path == "<bytes>" else path.write_bytes(b"half a film")
+
+    monkeypatch.setattr(iio, "imwrite", written)
     refused(lambda: sample.save_film(tmp_path, "film", torch.zeros(2, 3, 8, 8)), "film.mp4",
             "disk full")
     assert [path.name for path in tmp_path.iterdir()] == ["film.gif"]
