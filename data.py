@@ -312,8 +312,9 @@ STOP = SimpleNamespace(waits=False, asked=None, saved="")
 
 def on_signal(number, frame):
     """What Ctrl-C and SIGTERM do: stop at once, or where a loop waits for it, after the step."""
-    if STOP.waits and STOP.asked is None:
-        STOP.asked = number
+    is_first = STOP.asked is None
+    STOP.asked = number
+    if STOP.waits and is_first:
         return
     raise Interrupted(number)                  # also by the second signal: somebody is in a hurry
 
@@ -403,16 +404,10 @@ def run_cli(main):
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, on_signal)
     try:
-        main()
-    except (BadInput, OSError) as error:
-        fail(str(error), 2)
-    except MemoryError:
-        fail("not enough memory", 2)
-    except RuntimeError as error:
-        if "memory" not in str(error):         # as torch says it
-            raise
-        fail(f"not enough memory: {error}", 2)
+        call(main)
     except Interrupted as interrupted:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)          # it is stopping already
         stopped(interrupted.number)
     finally:
         STOP.asked = None                      # or the next main() would stop in its first step
@@ -420,10 +415,22 @@ def run_cli(main):
             signal.signal(number, handler)
 
 
-def fail(message, status):
-    """One line on stderr, and the end."""
+def call(main):
+    """Calls main(); of what run_cli names, the first line: BadInput, files, memory."""
+    try:
+        main()
+    except (BadInput, OSError) as error:
+        message = str(error)
+    except MemoryError:
+        message = "not enough memory"
+    except RuntimeError as error:
+        if "memory" not in str(error):         # as torch says it
+            raise
+        message = f"not enough memory: {error}"
+    else:
+        return
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(status)
+    sys.exit(2)
 
 
 def stopped(number):
