@@ -375,9 +375,9 @@ PRESETS["paper-objaverse"] = LONG | TABLE_5_TEXT | dict(
 # A night's training must not end in the morning with "shapes do not match". So everything that can
 # be known from the command line alone is checked first, and what is wrong is told by its flag.
 
-# Least and most of each number, of lists: of each entry. Beyond lie typing errors, division by zero,
-# empty volumes, training that learns nothing and does not say so, and what no machine can hold.
-# Where the least is 0, that means "without it".
+# Least and most of each number, of lists: of each entry. Beyond lie typing errors, divisions by
+# zero, empty volumes, training that learns nothing and does not say so, and what no machine can
+# hold. Where the least is 0, that means "without it".
 SHARE = (0, 1)                               # of a run
 POSITIVE = (1e-12, 1e9)
 OTHER_BOUNDS = (0, 1e9)                      # of what is not named here: weights, shares, factors
@@ -1202,7 +1202,7 @@ def alone_in(folder):
 
 
 def absolute_source(source):
-    """Where data is, whatever folder somebody is in later: an absolute path; or what makes it up."""
+    """Where data is, whatever folder one is in later: an absolute path; or what makes it up."""
     if source in ("synthetic", "puppets"):
         return source
     return str(Path(source).resolve())
@@ -1695,7 +1695,7 @@ def check_resuming(args, settings):
 
 
 def stage2_goes_on(folder):
-    """Whether a stage2.pt that is there belongs to the stage1.pt there; True where there is none."""
+    """Whether a stage2.pt in a folder belongs to its stage1.pt; True where there is none."""
     if not (folder / "stage2.pt").exists():
         return True
     first = sample.load_checkpoint(folder, 1)

