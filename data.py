@@ -244,11 +244,15 @@ import itertools  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
+import shlex  # noqa: E402
+import signal  # noqa: E402
 import struct  # noqa: E402
 import sys  # noqa: E402
+import tempfile  # noqa: E402
 from collections import Counter  # noqa: E402
 from dataclasses import field  # noqa: E402
 from pathlib import Path  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
 
 import imageio.v3 as iio  # noqa: E402
 import imageio_ffmpeg  # noqa: E402
@@ -262,12 +266,29 @@ class BadInput(Exception):
     """What a stranger gave us is wrong: one line saying what, where, and what to do."""
 
 
+class Interrupted(BaseException):
+    """Ctrl-C, or a signal to end. As KeyboardInterrupt it is no Exception: whoever catches those,
+    because a stranger's file may raise any of them, does not catch this. number: the signal's."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one BadInput line, with a guess at the flag that was meant."""
 
     # TRAP: a prefix of a flag must be an error, or --step for --steps would pass in silence.
     def __init__(self, *args, **options):
         super().__init__(*args, allow_abbrev=False, **options)
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        for word in args:
+            # TRAP: argparse takes "--" for the end of all flags even here: the value would be [].
+            if re.fullmatch(r"--[\w-]+=--", word):
+                raise BadInput(f"{word[:-3]} needs a value, got --")
+        return super().parse_args(args, namespace)
 
     def error(self, message):
         if message.startswith("unrecognized"):
@@ -277,15 +298,153 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
+def check_number(name, value, bounds):
+    """Refuses a number outside of its bounds (least, most), and what is no number at all."""
+    least, most = bounds
+    # TRAP: nan compares as False with everything: so it is asked what is right, not what is wrong.
+    if not least <= value <= most:
+        raise BadInput(f"{name} must be between {least} and {most}, got {value}")
+
+
+# What a signal leaves for a loop to see, and what run_cli says of it afterwards.
+#     waits   whether a loop is running that looks at `asked` after each step
+#     asked   the number of the signal that came meanwhile, or None
+#     saved   what can be gone on from, in words; "" where nothing can
+STOP = SimpleNamespace(waits=False, asked=None, saved="")
+
+
+def on_signal(number, frame):
+    """What Ctrl-C and SIGTERM do: stop at once, or where a loop waits for it, after the step."""
+    is_first = STOP.asked is None
+    STOP.asked = number
+    if STOP.waits and is_first:
+        return
+    raise Interrupted(number)                  # also by the second signal: somebody is in a hurry
+
+
+@contextlib.contextmanager
+def finishing_steps():
+    """Around a loop that is to end between two steps: yields STOP, whose `asked` it looks at."""
+    STOP.waits = True
+    try:
+        yield STOP
+    finally:
+        STOP.waits = False
+    if STOP.asked is not None:                 # in the last step, or while pictures were drawn
+        raise Interrupted(STOP.asked)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Yields a temporary name beside `path`, which becomes `path` once all is written.
+
+    To rename is one step for the file system: whoever is killed, or finds the disk full, in the
+    middle of writing leaves the earlier file as it was. The name keeps the suffix, which tells
+    writers of pictures what to write, and carries the number of the process: see remove_fragments.
+    Raises BadInput, which names the file and the reason.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        # TRAP: the name may be on the disk before the content is: after a power cut the file would
+        # be empty, and the earlier one gone.
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = getattr(error, "strerror", None) or lines[0][:100]
+        raise BadInput(f"{path} cannot be written: {reason}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def is_running(process):
+    """Whether there is a process of this number besides our own."""
+    if process == os.getpid():
+        return False                           # an earlier one's, which had our number
+    if os.name == "nt":
+        return True                            # TRAP: on Windows os.kill would end it
+    try:
+        os.kill(process, 0)                    # no signal: it only asks
+    except PermissionError:
+        return True                            # somebody else's
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+def remove_fragments(folder):
+    """Removes what a killed program was writing in a folder, and nobody is writing any more."""
+    for path in Path(folder).glob(".*.tmp*"):
+        name = re.fullmatch(r"\..+\.(\d+)\.tmp(\.\w+)?", path.name)
+        if name and not is_running(int(name[1])):
+            path.unlink(missing_ok=True)
+
+
+def make_folder(path):
+    """Makes a folder for results; BadInput where nothing can be written there: better now than
+    after the work."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        remove_fragments(path)
+        with tempfile.TemporaryFile(dir=path):             # it goes again by itself
+            pass
+    except OSError as error:
+        raise BadInput(f"nothing can be written into {path}: {error.strerror}") from None
+
+
 def run_cli(main):
-    """Calls main(); a BadInput, or a file that cannot be read or made, becomes one line on stderr
-    and exit status 2, not a traceback."""
+    """Calls main(); what goes wrong becomes one line on stderr and an exit status, no traceback.
+
+    2              BadInput, a file that cannot be read or made, no memory left
+    130 and 143    Ctrl-C and SIGTERM: see on_signal. The line says how to go on, where one can
+    """
+    STOP.asked, STOP.saved = None, ""
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, on_signal)
+    try:
+        call(main)
+    except Interrupted as interrupted:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)          # it is stopping already
+        stopped(interrupted.number)
+    finally:
+        STOP.asked = None                      # or the next main() would stop in its first step
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def call(main):
+    """Calls main(); of what run_cli names, the first line: BadInput, files, memory."""
     try:
         main()
-    except (BadInput, OSError) as err:
-        one_line = " ".join(str(err).split())
-        print(f"error: {one_line}", file=sys.stderr)
-        sys.exit(2)
+    except (BadInput, OSError) as error:
+        message = str(error)
+    except MemoryError:
+        message = "not enough memory"
+    except RuntimeError as error:
+        if "memory" not in str(error):         # as torch says it
+            raise
+        message = f"not enough memory: {error}"
+    else:
+        return
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def stopped(number):
+    """The line and the exit status of a program that a signal has ended."""
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    line = f"stopped by {name}"
+    if STOP.saved:
+        command = sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"]
+        line += f"; {STOP.saved}; go on with: python {shlex.join(command)}"
+    print(line, file=sys.stderr)
+    sys.exit(128 + number)                     # as shells say it
 
 
 # ---- What every source delivers, and what it becomes ---------------------------------------------
@@ -1868,6 +2027,9 @@ def choose_up(folder, up, shots, reading):
     length = np.linalg.norm(seen)
     if length < 0.1:
         reading.remark(f"{folder}: photos agree on no direction that is up")
+    n_over = sum(float(shot.up @ seen) < -0.5 * length for shot in shots)
+    if n_over:
+        reading.remark(f"{folder}: {n_over} photos are upside down among the others")
     if up is None:
         return seen if length > 1e-6 else np.array([0, 0, 1.0])
     along = nearest_axis(seen)
@@ -3021,7 +3183,8 @@ def plot_cameras(dataset, path):
             axes.plot(*zip(a, b), color="black", linewidth=0.8)
     axes.set(xlabel="z", ylabel="x", zlabel="y (up)", title="cameras look at the cube [-1, 1]^3")
     axes.set_aspect("equal")
-    axes.figure.savefig(path, dpi=110)
+    with writing(path) as temporary:
+        axes.figure.savefig(temporary, dpi=110)
 
 
 def span(x):
@@ -3080,6 +3243,11 @@ def describe(dataset):
     return lines
 
 
+# Least and most of the numbers.
+BOUNDS = {"size": (8, 4096), "holdout": (0, 1_000_000), "max_megapixels": (0.001, 10_000),
+          "max_frames": (3, 10_000_000)}
+
+
 def make_parser():
     """The flags of `python data.py`."""
     parser = Parser(description="Tell what is in a dataset, and draw it.")
@@ -3102,16 +3270,18 @@ def make_parser():
 def main(arguments=None):
     """Says what is in --data and draws it."""
     args = make_parser().parse_args(arguments)
-    if args.size < 8 or args.holdout < 0:
-        raise BadInput("--size must be at least 8, --holdout at least 0")
+    for name, bounds in BOUNDS.items():
+        check_number(f"--{name.replace('_', '-')}", getattr(args, name), bounds)
     dataset = load(args.data, args.size, args.holdout, objects=args.objects,
                    clip_filter=args.clip_filter, as_clips=args.as_clips,
                    max_megapixels=args.max_megapixels, max_frames=args.max_frames)
     print("\n".join(describe(dataset)))
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     written = [out / "sheet.png"]
-    iio.imwrite(out / "sheet.png", contact_sheet(dataset))
+    with writing(out / "sheet.png") as temporary:
+        sheet = iio.imwrite("<bytes>", contact_sheet(dataset), extension=".png")
+        temporary.write_bytes(sheet)
     if not dataset.moving:
         written.append(out / "cameras.png")
         plot_cameras(dataset, out / "cameras.png")

@@ -141,6 +141,7 @@ def save_samples(trained, folder, n=8, steps=64, seed=0, churn=40.0):
 # ==== Second reading: checked loading, the baseline, text, what moves, figures, meshes ============
 # The same three steps for every kind of run, and everything else that one may want to see of it.
 import contextlib  # noqa: E402
+import hashlib  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -158,13 +159,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 # ---- Checked loading: a checkpoint may come from a stranger --------------------------------------
 
 # What a checkpoint must hold, and of which kind. Sampling needs the first two, resuming all.
-IN_STAGE1 = {"settings": dict, "model": dict, "names": list, "captions": list, "source": str,
-             "view": dict, "fingerprint": str}
-IN_STAGE2 = {"settings": dict, "ema": dict, "m": torch.Tensor, "s": torch.Tensor, "decoder": str,
-             "vocabulary": list}
-RESUMING_STAGE1 = {"step": int, "seconds": float, "optimizer": dict, "random": dict,
-                   "order": torch.Tensor}
-RESUMING_STAGE2 = {"step": int, "seconds": float, "optimizer": dict, "random": dict, "model": dict}
+IN_STAGE1 = {"digest": str, "settings": dict, "model": dict, "names": list, "captions": list,
+             "source": str, "view": dict, "fingerprint": str, "portraits": torch.Tensor}
+IN_STAGE2 = {"digest": str, "settings": dict, "ema": dict, "m": torch.Tensor, "s": torch.Tensor,
+             "decoder": str, "vocabulary": list}
+RESUMING = {"step": int, "seconds": float, "optimizer": dict, "random": dict, "log": dict}
+RESUMING_STAGE1 = RESUMING | {"order": torch.Tensor}
+RESUMING_STAGE2 = RESUMING | {"model": dict}
 LEARNED_POSES = {"posenet": dict, "poses": torch.Tensor}
 
 
@@ -190,7 +191,42 @@ def load_checkpoint(folder, stage, resume=False):
         check_holds(path, checkpoint, LEARNED_POSES)
     if resume:
         check_holds(path, checkpoint, RESUMING_STAGE1 if stage == 1 else RESUMING_STAGE2)
+    # TRAP: torch's own format would not notice: a weight with one bit turned is a weight, too.
+    if content_digest(checkpoint) != checkpoint["digest"]:
+        raise BadInput(f"{path} is damaged: what it holds is not what was saved; delete it and "
+                       "train again, or use a copy")
     return checkpoint
+
+
+def content_digest(checkpoint):
+    """A short hash of all that a dict holds but its own "digest": every name, number and tensor."""
+    digest = hashlib.sha256()
+    content = {name: value for name, value in checkpoint.items() if name != "digest"}
+    feed(digest, content)
+    return digest.hexdigest()[:16]
+
+
+def feed(digest, value):
+    """Adds a value to a hash: a tensor, a plain value, or dicts and lists of them.
+
+    In an order that does not hang on the order of writing; and with kinds and lengths, or [1, 2]
+    and [12] would be the same.
+    """
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        digest.update(f"dict {len(value)};".encode())
+        for name in sorted(value, key=repr):
+            feed(digest, name)
+            feed(digest, value[name])
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"list {len(value)};".encode())
+        for entry in value:
+            feed(digest, entry)
+    else:
+        digest.update(f"{type(value).__name__} {value!r};".encode())
 
 
 def read_checkpoint(path):
@@ -219,7 +255,8 @@ def check_holds(path, checkpoint, kinds):
 def settings_of(checkpoint, path):
     """Its settings as a namespace; what this file asks of them is there, the rest restore tells."""
     settings = SimpleNamespace(**checkpoint["settings"])
-    for name in ("size", "parts", "text", "t5", "sample_steps", "churn", "guidance"):
+    for name in ("size", "parts", "volume_side", "text", "t5", "sample_steps", "churn",
+                 "guidance"):
         if not hasattr(settings, name):
             raise BadInput(f"{path} lacks the setting {name}: it is damaged, or of another "
                            "version; train again")
@@ -255,7 +292,8 @@ def open_run(folder, device="cpu", stages=(1, 2)):
 
     returns `trained`, as load_run does, and in it further
       data_settings     of stage 1: its seed, which may be another, made the training objects
-      captions, source  of the training data, the latter as --data was given
+      captions, source  of the training data, the latter an absolute path, or what made it up
+      portraits       of that data, see there; run: the folder, for messages
       posenet           None where cameras are known; else also poses (T, P, 4, 4) of a clip
       encode            prompts to tokens; None where the run knows no text
     Raises BadInput where a checkpoint is missing, damaged, or does not belong to the other.
@@ -273,8 +311,10 @@ def open_run(folder, device="cpu", stages=(1, 2)):
             settings=settings, device=device, names=first["names"], view=first["view"],
             autodecoder=autodecoder, encode=None)
     trained.data_settings = settings
+    trained.run = folder
     trained.captions = first["captions"]
     trained.source = first["source"]
+    trained.portraits = first["portraits"]
     trained.posenet = None
     if settings.parts:
         posenet = restore(lambda: PoseNet.from_settings(settings), first["posenet"], path)
@@ -313,6 +353,59 @@ def open_stage2(folder, first, autodecoder, device):
     if settings.text:
         add_text(trained)
     return trained
+
+
+# ---- The data of a run, once more ----------------------------------------------------------------
+#
+# A checkpoint has no photos. What reads them again later may find the folder moved, or other photos
+# in it: scores and poses would then be of something else, and nothing would say so.
+
+
+def portraits(dataset):
+    """What is kept of the data to know it again: (N, 4, 4, 4), of each object the mean of its
+    pictures and masks at 4 x 4 pixels, in [0, 1].
+
+    OURS, instead of a hash: on another machine a photo is decoded a shade otherwise, and a made-up
+    object drawn so.
+    """
+    means = []
+    for k in range(dataset.n_objects):
+        images, masks = dataset.batch(dataset.frames_of(k), 4)         # (V, 3, 4, 4), (V, 1, 4, 4)
+        means.append(torch.cat([images, masks], 1).mean(0))
+    return torch.stack(means)
+
+
+def are_same(portraits, others):
+    """Whether two sets of portraits are of the same pictures, each within 2 % of all shades."""
+    return portraits.shape == others.shape and (portraits - others).abs().max() < 0.02
+
+
+def source_now(trained, source=None):
+    """Where a run's data is: what --data says, or else where it was. BadInput where it is gone."""
+    source = source or trained.source
+    if source not in ("synthetic", "puppets") and not Path(source).is_dir():
+        raise BadInput(f"{source}, which {trained.run} was trained on, is not there: say with "
+                       "--data where its photos are now")
+    return source
+
+
+def other_photos(trained, source):
+    """What is said where the data of a run is no longer what it was."""
+    return BadInput(f"those in {source} are not the photos that {trained.run} was trained on: say "
+                    "with --data where these are now")
+
+
+def load_data(trained, source=None):
+    """The Dataset that a run was trained on; source as in source_now. BadInput where it is another.
+    """
+    source = source_now(trained, source)
+    dataset = data.load_for(trained.data_settings, source)
+    if dataset.names != trained.names or not are_same(portraits(dataset), trained.portraits):
+        raise other_photos(trained, source)
+    return dataset
+
+
+# ---- The mode of networks ------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -606,6 +699,15 @@ def film_frames(views):
     return torch.stack([tile([row[:, t] for row in rows]) for t in range(views.shape[1])])
 
 
+def save_figure(path, figure, **options):
+    """Writes a figure of matplotlib, and forgets it; options: of savefig."""
+    try:
+        with data.writing(path) as temporary:
+            figure.savefig(temporary, **options)
+    finally:
+        plt.close(figure)
+
+
 def save_film(folder, name, frames, fps=15):
     """Writes frames (T, 3, H, W) as GIF and as MP4 -> the two paths.
 
@@ -616,8 +718,16 @@ def save_film(folder, name, frames, fps=15):
     frames = to_uint8(even)
     gif = Path(folder) / f"{name}.gif"
     mp4 = Path(folder) / f"{name}.mp4"
-    iio.imwrite(gif, frames, duration=1000 / fps, loop=0)
-    iio.imwrite(mp4, frames, fps=fps, codec="libx264", macro_block_size=2)
+    # By way of memory. TRAP: where imageio finds the disk full it raises twice, once for nobody.
+    content = iio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / fps, loop=0)
+    with data.writing(gif) as temporary:
+        temporary.write_bytes(content)
+    with data.writing(mp4) as temporary:
+        iio.imwrite(temporary, frames, fps=fps, codec="libx264", macro_block_size=2)
+        # TRAP: where ffmpeg finds the disk full, nobody says so. Its table of contents, "moov",
+        # comes last: without it there is no film.
+        if b"moov" not in temporary.read_bytes():
+            raise OSError("ffmpeg could not finish it; is the disk full?")
     return [gif, mp4]
 
 
@@ -636,8 +746,7 @@ def save_sheet(path, rows, labels, title=""):
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.set_title(title, fontsize=10)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
-    plt.close(figure)
+    save_figure(path, figure, bbox_inches="tight", pad_inches=0.05)
 
 
 # ---- Pictures of geometry ------------------------------------------------------------------------
@@ -759,8 +868,7 @@ def save_latent_histogram(path, latents):
         axis.set_title(titles[mode])
         label = f"std {values.std():.2f}, extremes {low:.1f} and {high:.1f}"
         axis.set_xlabel(label, fontsize=9)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(path, figure, dpi=100)
 
 
 def save_noise_strip(path, trained, steps, n=4, seed=0, columns=8):
@@ -866,7 +974,7 @@ def save_any_samples(trained, folder, n, steps, seed, churn, direct=None, prompt
         latents = sample_prompt(trained, noise, steps, churn, seed, prompt, guidance)
     volumes = decode(trained, latents)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    data.make_folder(folder)
     paths = save_sample_sheet(folder, trained, volumes, nearest)
     return volumes, paths + save_any_turntable(trained, volumes, folder)
 
@@ -909,10 +1017,11 @@ def save_interpolation(trained, folder, seeds, steps, prompt=None, guidance=3.0,
 # ---- Driving: a subject in the poses of a clip (Sec. 3.2) ----------------------------------------
 
 
-def load_driving(trained, clip):
+def load_driving(trained, clip, source=None):
     """Poses of a clip become trained.poses, in which all figures then show their subjects.
 
     clip     its name in the run's data, or a path
+    source   where the run's data is now; None: where it was
     returns  its frames over white (T, 3, H, W)
     """
     settings = SimpleNamespace(**vars(trained.data_settings))          # a copy, for this clip alone
@@ -922,8 +1031,9 @@ def load_driving(trained, clip):
         settings.objects = ""
         settings.as_clips = True
     else:
-        source = trained.source
+        source = source_now(trained, source)
         settings.objects = clip
+        check_clip(trained, settings, source)
     dataset = data.load_for(settings, source)
     if not dataset.moving:
         raise BadInput(f"--drive {clip}: not a clip")
@@ -931,6 +1041,18 @@ def load_driving(trained, clip):
     trained.poses = cameras_of(trained, dataset, frames)               # (T, P, 4, 4)
     images, masks = dataset.batch(frames, settings.size)
     return on_white(images, masks)
+
+
+def check_clip(trained, settings, source):
+    """Refuses a clip of the run's data that is no longer what the run has seen.
+
+    settings: the run's, but of this clip alone. One that the run left out cannot be compared.
+    """
+    if settings.objects in trained.names:
+        k = trained.names.index(settings.objects)
+        dataset = data.load_for(settings, source)
+        if not are_same(portraits(dataset), trained.portraits[k:k + 1]):
+            raise other_photos(trained, source)
 
 
 def join_views(views):
@@ -1028,7 +1150,8 @@ def write_ply(path, points, colours, faces):
         lines.append(f"{x:.5f} {y:.5f} {z:.5f} {red} {green} {blue}")
     for a, b, c in faces.tolist():
         lines.append(f"3 {a} {b} {c}")
-    Path(path).write_text("\n".join(lines) + "\n")
+    with data.writing(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1075,6 +1198,7 @@ def make_parser():
     add = parser.add_argument_group("subjects that move").add_argument
     add("--drive", metavar="CLIP", help="in the poses of this clip, a name in the run's data or a "
         "path")
+    add("--data", metavar="FOLDER", help="where the run's data is now (default: where it was)")
 
     add = parser.add_argument_group("what is shown").add_argument
     add("--identity", type=int, metavar="K", help="training object K, not new ones")
@@ -1105,24 +1229,59 @@ def parse(arguments=None):
                 raise BadInput(f"--{other} does not go with --{flag}: {reason}")
     if "guidance" in given and "prompt" not in given:
         raise BadInput("--guidance says how strongly a --prompt is followed, and there is none")
+    if "data" in given and "drive" not in given:
+        raise BadInput(f"--data {args.data} says where a clip to --drive is, and there is none")
     check_numbers(args)
     if args.mesh:
         import_marching_cubes()                            # before the work, not after it
     return args
 
 
+# Least and most of each number; also of tests/evaluate.py, whose flags mean the same.
+SEEDS = (0, 2**63 - 1)                                     # what torch takes
+BOUNDS = {"n": (1, 1000), "seed": SEEDS, "steps": (1, 10_000), "churn": (0, 1e6),
+          "guidance": (-1000, 1000)}
+
+
 def check_numbers(args):
     """Refuses numbers out of their range, by their flags."""
-    for name in ("n", "steps"):
+    for name, bounds in BOUNDS.items():
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise BadInput(f"--{name} must be at least 1, got {value}")
-    if args.churn is not None and not 0 <= args.churn < math.inf:
-        raise BadInput(f"--churn must be a number from 0 on, got {args.churn}")
-    if args.guidance is not None and not math.isfinite(args.guidance):
-        raise BadInput(f"--guidance must be a finite number, got {args.guidance}")
+        if value is not None:
+            data.check_number(f"--{name}", value, bounds)
+    for seed in args.interpolate or ():
+        data.check_number("--interpolate", seed, SEEDS)
     if args.interpolate and args.interpolate[0] == args.interpolate[1]:
         raise BadInput("--interpolate is between two seeds, and these are the same")
+
+
+def physical_memory():
+    """Bytes of memory that this machine has; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):          # not on Windows
+        return None
+
+
+def check_memory(parts, advice):
+    """Refuses what cannot fit into memory, in the first seconds, not after an hour.
+
+    parts: what is to be there at once, {what: bytes}, counted low: what may fit is let through
+    """
+    memory = physical_memory()
+    needed = sum(parts.values())
+    if memory is None or needed <= memory:
+        return
+    listed = ", ".join(f"{what} {size / 2**30:.1f}" for what, size in parts.items())
+    raise BadInput(f"this takes at least {needed / 2**30:.1f} GiB of memory ({listed}), and there "
+                   f"are {memory / 2**30:.1f}: {advice}")
+
+
+def check_sample_memory(n, settings):
+    """Volumes of n objects and the pictures of their film, at the same time."""
+    numbers = (4 + settings.parts) * settings.volume_side**3
+    pictures = 2 * 3 * FRAMES * SIDE**2                    # over black, then over white
+    check_memory({"volumes": 4 * n * numbers, "pictures": 4 * n * pictures}, "a smaller --n")
 
 
 def fill_in(args, settings):
@@ -1142,6 +1301,7 @@ def fill_in(args, settings):
 
 def check_run(args, trained):
     """Refuses what this run cannot do."""
+    check_sample_memory(args.n, trained.data_settings)
     if args.prompt is not None:
         check_prompt(trained, args.prompt)
     if args.drive is not None and trained.posenet is None:
@@ -1161,9 +1321,9 @@ def main(arguments=None):
     check_run(args, trained)
     driving = None
     if args.drive is not None:
-        driving = load_driving(trained, args.drive)
+        driving = load_driving(trained, args.drive, args.data)
     folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    data.make_folder(folder)
 
     if args.identity is None:
         volumes, paths = save_any_samples(

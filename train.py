@@ -226,15 +226,21 @@ def learn(settings, folder, device="cpu"):
 #     subjects that move        a loop of its own: cameras are learned together with the decoder
 #     text                      a loop of its own: the denoiser hears captions
 #     log, saving, resuming     what is left of a run, and how it goes on
-#     stage 1, stage 2          the loops with all of this around them; then the command line
+#     one run in a folder       nobody else writes there, and nothing is replaced without a word
+#     stage 1, stage 2          the loops with all of this around them
+#     looking ahead             what can be known before the data is read; then the command line
 #
 # The loops of the first reading are used as they are. Where something must differ, either a
 # function is handed in (features, draw), or there is a second loop that can be read beside the
 # first: branches for every kind of data in one loop would hide the method from all of them.
+import contextlib  # noqa: E402
 import csv  # noqa: E402
 import hashlib  # noqa: E402
+import io  # noqa: E402
+import itertools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
+import platform  # noqa: E402
 import shutil  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
@@ -373,15 +379,33 @@ PRESETS["paper-objaverse"] = LONG | TABLE_5_TEXT | dict(
 # A night's training must not end in the morning with "shapes do not match". So everything that can
 # be known from the command line alone is checked first, and what is wrong is told by its flag.
 
-# Zero means "without it" for these. For any other number it would be a division by zero, an empty
-# volume, or training that learns nothing and does not say so.
-MAY_BE_ZERO = {
-    "holdout", "arc", "codebooks", "parts", "foreground_weight", "perceptual_weight", "lr_parts",
-    "split_at", "settle_at", "reprojection_weight", "equivariance_weight", "usage_weight",
-    "window", "churn", "guidance", "seed"}
+# Least and most of each number, of lists: of each entry. Beyond lie typing errors, divisions by
+# zero, empty volumes, training that learns nothing and does not say so, and what no machine can
+# hold. Where the least is 0, that means "without it".
+SHARE = (0, 1)                               # of a run
+POSITIVE = (1e-12, 1e9)
+OTHER_BOUNDS = (0, 1e9)                      # of what is not named here: weights, shares, factors
+BOUNDS = {
+    "size": (4, 4096), "holdout": (0, 1_000_000),
+    "max_megapixels": (0.001, 10_000), "max_frames": (3, 10_000_000), "n_objects": (1, 10_000_000),
+    "n_views": (1, 100_000), "arc": (0, 180), "embed_dim": (1, 65_536), "channels": (1, 8192),
+    "start_side": (1, 512), "volume_side": (1, 512), "latent_side": (1, 512),
+    "decoder_depth": (1, 64), "decoder_attention": (1, 512), "codebooks": (0, 65_536),
+    "rows": (1, 2**24), "steps_stage1": (1, 10**9), "objects_per_step": (1, 100_000),
+    "views_per_step": (1, 1000), "n_samples": (1, 10_000), "lr_stage1": POSITIVE,
+    "betas": (0, 0.999999), "finer_at": SHARE, "window": (0, 4096),
+    "latent_scale": (1e-6, 1e6), "sigma_data": (1e-6, 1e6), "unet_channels": (1, 8192),
+    "unet_multipliers": (1, 64), "unet_depth": (1, 64), "unet_attention": (1, 512),
+    "steps_stage2": (1, 10**9), "batch_size": (1, 1_000_000), "lr_stage2": POSITIVE,
+    "ema_half_life": POSITIVE, "context_dim": (1, 65_536), "transformer_depth": (1, 64),
+    "guidance": (0, 1000), "parts": (0, 100), "keypoints": (8, 1000), "pose_width": (1, 1024),
+    "reach": (1e-6, 100), "lr_pose": POSITIVE, "clip": POSITIVE, "growth": SHARE, "detail": SHARE,
+    "sample_steps": (1, 10_000), "churn": (0, 1e6), "n_sheet": (1, 1000),
+    "log_every": (1, 10**9), "save_every": (1, 10**9), "seed": sample.SEEDS, "focal": POSITIVE}
 CHOICES = {"norm": ("batch", "group"), "hash_rule": ("spread", "paper"),
            "normalization": ("robust", "meanstd", "none")}
 LENGTHS = {"betas": (2,), "growth": (2,), "reach": (0, 3)}   # of lists: how many numbers
+WHOLE = ("decoder_attention", "unet_multipliers", "unet_attention")      # lists of whole numbers
 
 
 def flag(name):
@@ -390,27 +414,24 @@ def flag(name):
 
 
 def check_numbers(settings):
-    """Numbers out of their range are refused here, each by its flag."""
+    """Numbers out of their bounds are refused here, each by its flag."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if field.type not in (int, float):
+        numbers = value if field.type is tuple else (value,)
+        if field.type not in (int, float, tuple):
             continue
-        # TRAP: nan < 0 is False, as every comparison with nan is: it has to be asked for.
-        if not math.isfinite(value) or value < 0:
-            raise BadInput(f"{flag(field.name)} must be 0 or more and finite, got {value}")
-        if value == 0 and field.name not in MAY_BE_ZERO:
-            raise BadInput(f"{flag(field.name)} must be positive, got {value}")
+        for number in numbers:
+            bounds = BOUNDS.get(field.name, OTHER_BOUNDS)
+            data.check_number(flag(field.name), number, bounds)
     for name, lengths in LENGTHS.items():
         value = getattr(settings, name)
         if len(value) not in lengths:
             raise BadInput(f"{flag(name)} takes {lengths[-1]} numbers, got {len(value)}")
-    # Adam's running means: m <- beta m + (1 - beta) g. With a beta of 1 nothing ever comes in.
-    for beta in settings.betas:
-        if not 0 <= beta < 1:
-            raise BadInput(f"--betas must be at least 0 and below 1, got {beta}")
-    for multiplier in settings.unet_multipliers or [0]:
-        if not isinstance(multiplier, int) or multiplier < 1:
-            raise BadInput("--unet-multipliers must be whole numbers from 1 on, e.g. 1,2")
+    for name in WHOLE:
+        if not all(isinstance(number, int) for number in getattr(settings, name)):
+            raise BadInput(f"{flag(name)} takes whole numbers, e.g. 1,2")
+    if not settings.unet_multipliers:
+        raise BadInput("--unet-multipliers: the U-Net needs at least one")
     if settings.holdout == 1:
         raise BadInput("--holdout 1 would leave no view to learn from: 2 or more, or 0 for none")
 
@@ -454,6 +475,19 @@ def check_models(settings):
         raise BadInput(f"--detail: {len(settings.detail)} numbers, but they are pairs of shares, "
                        f"at most one for each doubling from {settings.latent_side}^3 to "
                        f"{settings.volume_side}^3")
+
+
+def check_poses(settings):
+    """What the pose network needs, where cameras are learned."""
+    # It halves its frames four times (autodecoder.KeypointNet).
+    if settings.size % 16 or settings.size < 32:
+        raise BadInput(f"--size {settings.size}: where cameras are learned it must be 32, 48, ...")
+    settings = dataclasses.replace(settings, parts=max(1, settings.parts), body=(1.0, 1.0, 1.0))
+    try:
+        with torch.device("meta"):
+            autodecoder.PoseNet.from_settings(settings)
+    except ValueError as error:
+        raise BadInput(f"--{error}") from None
 
 
 def check(settings):
@@ -605,29 +639,19 @@ def measure_body(dataset):
     return x, y, min(x, y)                    # no frame tells the depth: the smaller of the two
 
 
-def fit_to_data(settings, cameras, dataset, source):
+def fit_to_data(settings, cameras, dataset):
     """Settings that follow from the data: whether cameras are learned, the lens, the ellipsoid.
 
-    cameras: what --cameras said, or None; source: what --data said
+    cameras: what --cameras said, or None
     """
-    if cameras == "known" and dataset.moving:
-        raise BadInput(f"--cameras known: {source} has none; leave it out, or say learned")
     if cameras != "learned" and not dataset.moving:
         return dataclasses.replace(settings, parts=0)
-    # The pose network halves its frames four times (autodecoder.KeypointNet).
-    if settings.size % 16 or settings.size < 32:
-        raise BadInput(f"--size {settings.size}: where cameras are learned it must be 32, 48, ...")
+    check_poses(settings)
     parts = 1                                 # of a rigid object, cameras unknown or not
     if dataset.moving:
         parts = max(1, settings.parts)
     focal = float(dataset.intrinsics[:, 0].median())
-    settings = dataclasses.replace(settings, parts=parts, focal=focal, body=measure_body(dataset))
-    try:
-        with torch.device("meta"):
-            autodecoder.PoseNet.from_settings(settings)
-    except ValueError as error:
-        raise BadInput(str(error)) from None
-    return settings
+    return dataclasses.replace(settings, parts=parts, focal=focal, body=measure_body(dataset))
 
 
 def start_moving(settings, decoder, posenet, device="cpu"):
@@ -699,7 +723,7 @@ def learned_cameras(settings, state, dataset, frames):
     try:
         cameras, points2d, losses = state.posenet(pictures, settled=settled)
     except torch.linalg.LinAlgError:                      # points that are not finite
-        raise BadInput(diverged("stage 1: poses are not finite", state.step + 1)) from None
+        raise Diverged("stage 1: poses are not finite", state.step + 1) from None
     # OURS: of one view of each object, or this would cost as much as all the rest.
     views = frames.shape[1]
     equivariance = autodecoder.equivariance_loss(
@@ -794,9 +818,11 @@ def t5_tokens(settings, captions, folder, device):
     path = folder / "text.pt"
     prompts = sorted({"", *captions})
     kept = None
-    # What an earlier run left is good if it is of the same T5 and the same captions.
+    # What an earlier run left is good if it is whole, of the same T5 and of the same captions.
     if path.exists():
         kept = sample.load_weights("--t5", path, "what --t5 left there: delete it")
+        if kept.get("digest") != sample.content_digest(kept):
+            kept = None
     if kept is None or (kept["t5"], kept["prompts"]) != (settings.t5, prompts):
         encoder = diffusion.T5Encoder(settings.t5, device)
         pairs = [encoder([prompt]) for prompt in prompts]
@@ -858,36 +884,77 @@ def train_text(settings, state):
 LOG_COLUMNS = ["stage", "step", "loss", "psnr", "ms_per_step"]
 
 
-def diverged(what, step):
-    """What is said where numbers are no longer finite: mostly, the learning rate is too high."""
-    return f"{what} at step {step}; the last good checkpoint is kept; try a lower learning rate"
+class Diverged(BadInput):
+    """Numbers are no longer finite: mostly, the learning rate is too high."""
+
+    def __init__(self, what, step):
+        super().__init__(f"{what} at step {step}")
+
+
+@contextlib.contextmanager
+def telling_what_is_kept(path):
+    """Around a loop: where it diverges, the line also says what is left, `path` or nothing."""
+    try:
+        yield
+    except Diverged as error:
+        kept = "nothing had been saved"
+        if path.exists():
+            kept = f"the last good checkpoint is kept, {path}"
+        raise BadInput(f"{error}; {kept}; try a lower learning rate") from None
+
+
+def read_rows(path):
+    """Rows of log.csv that are whole, as lists of words; what is damaged is left out: it can be
+    measured again."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        words = line.strip().split(",")
+        try:
+            int(words[0]), int(words[1]), float(words[2]), float(words[3] or 0), float(words[4])
+        except (ValueError, IndexError):
+            continue                                     # the header, or a row that was cut off
+        if len(words) == len(LOG_COLUMNS) and line.endswith("\n"):
+            rows.append(words)
+    return rows
 
 
 def earlier_rows(path, stage, step):
     """Rows of log.csv up to `step` of `stage`; later ones, of a run that is redone, are dropped."""
-    if not path.exists() or (stage == 1 and step == 0):
+    if stage == 1 and step == 0:
         return []                                            # a new run: the file begins anew
-    rows = []
-    with open(path, newline="") as file:
-        for row in list(csv.reader(file))[1:]:
-            # A row that was cut off, as by a full disk, has fewer columns.
-            if len(row) == len(LOG_COLUMNS) and (int(row[0]), int(row[1])) <= (stage, step):
-                rows.append(row)
-    return rows
+    return [row for row in read_rows(path) if (int(row[0]), int(row[1])) <= (stage, step)]
 
 
 class Log:
-    """One line on the screen and one row in log.csv, every log_every steps."""
+    """One line on the screen and one row in log.csv, every log_every steps.
 
-    def __init__(self, folder, stage, step, steps, log_every):
-        rows = earlier_rows(folder / "log.csv", stage, step)
-        self.file = open(folder / "log.csv", "w", newline="")
-        self.writer = csv.writer(self.file)
-        self.writer.writerows([LOG_COLUMNS] + rows)
+    means: what an earlier Log's means() gave, of a run that goes on; a line then has the means that
+    it would have had.
+    """
+
+    def __init__(self, folder, stage, step, steps, log_every, means=None):
+        self.path = folder / "log.csv"
+        rows = earlier_rows(self.path, stage, step)
+        # TRAP: opened for writing, the file would be empty until the first row: whoever is killed
+        # before that has lost all earlier ones.
+        with data.writing(self.path) as temporary, open(temporary, "w", newline="") as file:
+            csv.writer(file).writerows([LOG_COLUMNS] + rows)
         self.stage = stage
         self.steps = steps
         self.log_every = log_every
         self.begin(step)
+        if means is not None:
+            self.since = means["since"]
+            self.start = time.time() - means["seconds"]
+            self.losses = list(means["losses"])
+            self.errors = list(means["errors"])
+
+    def means(self):
+        """What a checkpoint keeps of the line that is not yet written."""
+        return {"since": self.since, "seconds": time.time() - self.start,
+                "losses": list(self.losses), "errors": list(self.errors)}
 
     def begin(self, step):
         """Starts the next line's means."""
@@ -900,7 +967,7 @@ class Log:
         """Takes a step's loss and, of stage 1, the mean squared error of its colours."""
         # Once a weight is NaN, so are all numbers after it: to go on would only waste the night.
         if not math.isfinite(loss):
-            raise BadInput(diverged(f"stage {self.stage}: the loss is {loss}", step))
+            raise Diverged(f"stage {self.stage}: the loss is {loss}", step)
         self.losses.append(loss)
         if error is not None:
             self.errors.append(error)
@@ -917,18 +984,26 @@ class Log:
             # Of the mean error, and at most 100 dB: a perfect picture has no finite PSNR.
             psnr = -10 * math.log10(max(1e-10, sum(self.errors) / len(self.errors)))
             psnr_cell, psnr_text = f"{psnr:.3f}", f"psnr {psnr:.1f} dB | "
-        self.writer.writerow([self.stage, step, f"{loss:.6g}", psnr_cell, f"{ms:.1f}"])
-        self.file.flush()                                    # so that it can be watched
+        self.append([self.stage, step, f"{loss:.6g}", psnr_cell, f"{ms:.1f}"])
         # The rate of the last steps times those to come: too low while pictures are still to grow.
         minutes, seconds = divmod(int(ms / 1000 * (self.steps - step)), 60)
         head = f"stage {self.stage} | {step}/{self.steps} | loss {loss:.4f} | "
         print(f"{head}{psnr_text}{ms:.0f} ms/step | eta {minutes}m{seconds:02d}s", flush=True)
 
 
+    def append(self, row):
+        """Adds a row to the file, which is closed again: so it can be watched, and a full disk
+        fails here, not at some later time."""
+        try:
+            with open(self.path, "a", newline="") as file:
+                csv.writer(file).writerow(row)
+        except OSError as error:
+            raise BadInput(f"{self.path} cannot be written: {error.strerror}") from None
+
+
 def plot_log(folder):
     """Draws log.csv as loss.png: loss of both stages, PSNR of stage 1's own pictures."""
-    with open(folder / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = [dict(zip(LOG_COLUMNS, row)) for row in read_rows(folder / "log.csv")]
     figure, axes = plt.subplots(1, 3, figsize=(12, 3), constrained_layout=True)
     titles = ["stage 1: loss", "stage 1: psnr of training views, dB", "stage 2: loss"]
     for axis, stage, key, title in zip(axes, "112", ("loss", "psnr", "loss"), titles):
@@ -936,8 +1011,7 @@ def plot_log(folder):
         axis.plot([int(row["step"]) for row in kept], [float(row[key]) for row in kept])
         axis.set_title(title)
         axis.set_xlabel("step")
-    figure.savefig(folder / "loss.png", dpi=90)
-    plt.close(figure)
+    sample.save_figure(folder / "loss.png", figure, dpi=90)
 
 
 # Beginnings of the names of numbers that say how good samples are: of no use for another stage 2.
@@ -960,9 +1034,10 @@ def read_metrics(folder):
     """What FOLDER/metrics.json holds; nothing where there is none, or a damaged one: it can be
     measured again, unlike weights, so training does not stop for its sake."""
     try:
-        return json.loads((Path(folder) / "metrics.json").read_text())
-    except (OSError, ValueError):
+        metrics = json.loads((Path(folder) / "metrics.json").read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return metrics if isinstance(metrics, dict) else {}
 
 
 def add_metrics(folder, settings, drop=(), **values):
@@ -976,19 +1051,23 @@ def add_metrics(folder, settings, drop=(), **values):
         if not name.startswith(tuple(drop)):
             metrics[name] = value
     metrics |= values
-    stages = ("seconds_data", "seconds_stage1", "seconds_stage2", "seconds_sampling")
-    metrics["seconds_total"] = round(sum(metrics.get(name, 0.0) for name in stages), 1)
+    total = 0.0
+    for name in ("seconds_data", "seconds_stage1", "seconds_stage2", "seconds_sampling"):
+        seconds = metrics.get(name)
+        if isinstance(seconds, (int, float)):                # of a damaged file it may be anything
+            total += seconds
+    metrics["seconds_total"] = round(total, 1)
     metrics["settings"] = dict(vars(settings))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(metrics, indent=2) + "\n")
-    os.replace(temporary, path)
+    with data.writing(path) as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 # ---- Saving and resuming -------------------------------------------------------------------------
 #
 # A run that is stopped and goes on with --resume gives the same bits, on one CPU, as one that never
-# stopped: weights, optimizer, random numbers, the step and the objects whose turn is still to come
-# are all in the checkpoint. Steps after the last checkpoint are done again.
+# stopped: weights, optimizer, random numbers, the step, the objects whose turn is still to come and
+# the means of the log's next line are all in the checkpoint. Steps after the last checkpoint are
+# done again; whoever stops it by Ctrl-C loses none.
 #
 # Any of these left out would not be noticed: training goes on, only a little worse. Without Adam's
 # means the first steps are as large as those of a new run; without the state of the generators the
@@ -1015,7 +1094,7 @@ def refuse_divergence(stage, step, *models):
     for model in models:
         for name, value in model.named_parameters():
             if not torch.isfinite(value).all():
-                raise BadInput(diverged(f"stage {stage}: {name} is not finite", step))
+                raise Diverged(f"stage {stage}: {name} is not finite", step)
 
 
 def for_resuming(state):
@@ -1025,7 +1104,8 @@ def for_resuming(state):
     the noise of PoseNet.split) uses torch's, which is "global".
     """
     random = {"generator": state.generator.get_state(), "global": torch.get_rng_state()}
-    return {"optimizer": state.optimizer.state_dict(), "random": random, "seconds": state.seconds}
+    return {"optimizer": state.optimizer.state_dict(), "random": random, "seconds": state.seconds,
+            "log": state.log.means()}
 
 
 def restore_randomness(state, saved):
@@ -1034,13 +1114,14 @@ def restore_randomness(state, saved):
     torch.set_rng_state(saved["global"])
 
 
-def same_settings(ours, theirs, groups, path):
+def same_settings(ours, theirs, groups, path, unknown=()):
     """Resuming needs the settings that the checkpoint was made with; says which one differs.
 
     A checkpoint from before a setting existed was made with what is its default now.
+    unknown: names of settings that are not known yet, as the data has not been read
     """
     # How long, and how often it is written down, may change: "--resume --steps 4000" goes on.
-    free = {"steps_stage1", "steps_stage2", "log_every", "save_every"}
+    free = {"steps_stage1", "steps_stage2", "log_every", "save_every", *unknown}
     for name in fields_of(*groups) + ["seed"]:
         a = getattr(ours, name)
         b = theirs.get(name, getattr(AllSettings, name))
@@ -1052,15 +1133,21 @@ def same_settings(ours, theirs, groups, path):
 
 
 def save(path, checkpoint):
-    """Writes a checkpoint under a temporary name, then renames it: never a half-written file.
+    """Writes a checkpoint, and in it a hash of all that it holds: see sample.load_checkpoint.
 
-    To rename is one step for the file system. A program that is killed, or a disk that is full,
-    while torch.save is still writing leaves the last checkpoint as it was.
     checkpoint: a dict of tensors and plain types, so that torch's safe loader can read it
     """
-    temporary = path.with_suffix(".tmp")
-    torch.save(checkpoint, temporary)
-    os.replace(temporary, path)
+    save_tensors(path, checkpoint | {"digest": sample.content_digest(checkpoint)})
+
+
+def save_tensors(path, content):
+    """torch.save, but the earlier file stays until the new one is whole (data.writing)."""
+    # By way of memory. TRAP: where torch writes the file itself and the disk is full, it raises one
+    # error while it handles another, and may end the program.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with data.writing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def is_due(settings, step, steps):
@@ -1068,11 +1155,121 @@ def is_due(settings, step, steps):
     return step % settings.save_every == 0 or step == steps
 
 
-def set_aside(path):
-    """An older checkpoint is kept as stage1.old or stage2.old when training starts anew: somebody
-    may have forgotten --resume."""
-    if path.exists():
-        os.replace(path, path.with_suffix(".old"))
+# ---- One run in a folder -------------------------------------------------------------------------
+#
+# Two runs that write into one folder would leave a mixture of both, and neither would notice. So
+# each holds a lock on it. And what a run of hours has left must not hang on a flag that somebody
+# forgets: what would be replaced is kept under another name.
+
+try:
+    import fcntl                                             # Unix
+except ImportError:
+    fcntl = None
+try:
+    import msvcrt                                            # Windows
+except ImportError:
+    msvcrt = None
+
+
+def take_lock(file):
+    """Whether the lock on an open file is ours now. The system takes it back when the process ends,
+    however it ends: a crash leaves a file behind, but no lock."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass                             # some network disks know no locks: it goes without
+    elif msvcrt is not None:
+        file.seek(1_000_000)                 # TRAP: nobody else could read a byte that is locked
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Around a whole run: makes the folder, and refuses one that another run is writing into."""
+    data.make_folder(folder)
+    with open(folder / "lock", "a+b", buffering=0) as file:
+        if not take_lock(file):
+            file.seek(0)
+            holder = file.read(200).decode(errors="replace").strip() or "another process"
+            raise BadInput(f"{folder} is in use by {holder}: wait for it, or choose another --out")
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}".encode())
+        except OSError as error:
+            raise BadInput(f"{file.name} cannot be written: {error.strerror}") from None
+        yield
+
+
+def absolute_source(source):
+    """Where data is, whatever folder one is in later: an absolute path; or what makes it up."""
+    if source in ("synthetic", "puppets"):
+        return source
+    return str(Path(source).resolve())
+
+
+def source_in(folder):
+    """The source of the run in a folder, as absolute_source gives it; None where there is no run,
+    and "" where nobody knows."""
+    source = read_metrics(folder).get("source")
+    if isinstance(source, str):
+        return source
+    path = folder / "stage1.pt"
+    if not path.exists():
+        return None
+    try:
+        return sample.read_checkpoint(path).get("source", "")
+    except BadInput:
+        return ""
+
+
+def default_out(preset, source):
+    """runs/PRESET-NAME, where NAME is the data's. Where that holds a run on other data of the same
+    name, the first of runs/PRESET-NAME-2, -3, ... that does not."""
+    first = f"{preset}-{Path(source).name}"
+    for number in itertools.count(1):
+        folder = Path("runs") / (first if number == 1 else f"{first}-{number}")
+        if source_in(folder) in (None, source):
+            return folder
+
+
+def claim(folder, settings, source):
+    """Notes whose data a folder is for: see default_out."""
+    if source_in(folder) is None:
+        add_metrics(folder, settings, source=source)
+
+
+RUN_FILES = ("stage1.pt", "stage2.pt", "log.csv", "metrics.json")
+
+
+def aside(path, number):
+    """stage1.pt -> stage1.old1.pt."""
+    return path.with_name(f"{path.stem}.old{number}{path.suffix}")
+
+
+def keep_aside(folder, moved=(), copied=()):
+    """Gives files of a run other names, the same free number for all; those copied stay, too."""
+    moved = [folder / name for name in moved if (folder / name).exists()]
+    copied = [folder / name for name in copied if (folder / name).exists()]
+    if not any(path.suffix in (".pt", ".csv") for path in moved + copied):
+        return                                               # a claim alone, and no run yet
+    number = 1
+    while any(aside(folder / name, number).exists() for name in RUN_FILES):
+        number += 1
+    # Copies first: they may find the disk full, and then all is as it was.
+    for path in copied:
+        with data.writing(aside(path, number)) as temporary:
+            shutil.copyfile(path, temporary)
+    for path in moved:
+        os.replace(path, aside(path, number))
+    names = [f"{path.name} -> {aside(path, number).name}" for path in moved + copied]
+    print(f"kept    | of the earlier run in {folder}: {', '.join(names)}")
 
 
 # ---- Stage 1, from the first step or from a checkpoint -------------------------------------------
@@ -1104,6 +1301,9 @@ def resume_stage1(settings, state, dataset, path, old, source):
     # Row k of the embeddings is object k: other objects would wear the embeddings of these.
     if old["names"] != dataset.names:
         raise BadInput(f"{path} was trained on other objects than --data {source}")
+    if not sample.are_same(old["portraits"], state.portraits):
+        raise BadInput(f"those in --data {source} are not the photos that {path} was trained on: "
+                       "give these, or another --out to start anew")
     sample.restore(lambda: state.autodecoder, old["model"], path)
     if state.posenet is not None:
         sample.restore(lambda: state.posenet, old["posenet"], path)
@@ -1137,6 +1337,8 @@ def save_stage1(settings, state, dataset, folder, source):
     checkpoint |= {"order": state.order, "fingerprint": fingerprint(state.autodecoder)}
     # The data may be gone when stage 2 learns from captions, and when samples are drawn.
     checkpoint |= {"source": source, "captions": dataset.captions, "view": turntable_view(dataset)}
+    # ... or there again, but changed.
+    checkpoint |= {"portraits": state.portraits}
     checkpoint |= {"posenet": None, "poses": None}
     if dataset.moving or state.posenet is not None:
         checkpoint["view"] = {"distance": 12.0, "elevation": 0.0}    # from ahead, as the clips are
@@ -1148,6 +1350,7 @@ def save_stage1(settings, state, dataset, folder, source):
             frames = dataset.frames_of(0, heldout=False)
             checkpoint["poses"] = sample.cameras_of(state, dataset, frames).cpu()
     save(folder / "stage1.pt", checkpoint)
+    data.STOP.saved = f"stage 1 is saved at step {state.step}"
 
 
 def run_stage1(settings, dataset, folder, device, source, resume=False):
@@ -1159,26 +1362,53 @@ def run_stage1(settings, dataset, folder, device, source, resume=False):
     features = autodecoder.build_features(settings.perceptual, device)
     path = folder / "stage1.pt"
     state = new_stage1(settings, dataset, device)
+    source = absolute_source(source)
+    state.portraits = sample.portraits(dataset)
     old = sample.load_checkpoint(folder, 1, resume=True) if resume else None
     if old is not None:
         resume_stage1(settings, state, dataset, path, old, source)
+        keep_what_will_not_fit(settings, folder, old)
     else:
-        (folder / "metrics.json").unlink(missing_ok=True)    # scores of another stage 1
-        set_aside(path)
+        keep_aside(folder, moved=RUN_FILES)
+    add_metrics(folder, settings, source=source)         # where its photos are now
+    if state.step < settings.steps_stage1:               # else the log has rows of stage 2 to keep
+        means = None if old is None else old["log"]
+        state.log = Log(folder, 1, state.step, settings.steps_stage1, settings.log_every, means)
+    with telling_what_is_kept(path), data.finishing_steps() as stop:
+        learn_stage1(settings, dataset, state, features, folder, source, stop)
+    finish_stage1(settings, state, dataset, folder)
+
+
+def keep_what_will_not_fit(settings, folder, old):
+    """Before a stage 1 goes on: its stage 2 will not fit it any more, so both are kept as they are.
+
+    old: the checkpoint of stage 1
+    """
+    if old["step"] >= settings.steps_stage1 or not (folder / "stage2.pt").exists():
+        return
+    if sample.load_checkpoint(folder, 2)["decoder"] == old["fingerprint"]:
+        keep_aside(folder, copied=RUN_FILES)
+
+
+def learn_stage1(settings, dataset, state, features, folder, source, stop):
+    """The steps themselves, and what is written meanwhile; stop: see data.finishing_steps."""
     train = train_moving if state.posenet is not None else train_stage1
     began = time.time() - state.seconds
-    if state.step < settings.steps_stage1:               # else the log has rows of stage 2 to keep
-        log = Log(folder, 1, state.step, settings.steps_stage1, settings.log_every)
     for loss, error in train(settings, dataset, state, features, draw_coarse_to_fine):
         state.seconds = time.time() - began
-        log.add(state.step, loss, error)
-        if is_due(settings, state.step, settings.steps_stage1):
+        state.log.add(state.step, loss, error)
+        # Asked once: the signal may come between two looks, and nothing would have been saved.
+        stopping = stop.asked is not None
+        due = is_due(settings, state.step, settings.steps_stage1)
+        if due or stopping:
             save_stage1(settings, state, dataset, folder, source)
+        if stopping:
+            return
+        if due:
             # What goes wrong is seen here long before any number tells: empty pictures, objects
             # that are mirrored or upside down, fog around them.
             sample.save_training_sheet(folder / "training.png", state, dataset)
             plot_log(folder)
-    finish_stage1(settings, state, dataset, folder)
 
 
 def finish_stage1(settings, state, dataset, folder):
@@ -1233,7 +1463,7 @@ def new_stage2(settings, latents, first, folder, device):
     captions = [caption or "" for caption in first["captions"]]
     vocabulary, encode = [], None
     if settings.text:
-        vocabulary = vocabulary_of(captions)
+        vocabulary = vocabulary_of(captions)                  # which also asks whether there is any
     if settings.text and settings.t5:
         encode, width = t5_tokens(settings, captions, folder, device)
         settings = dataclasses.replace(settings, context_dim=width)
@@ -1276,61 +1506,207 @@ def save_stage2(settings, state, folder):
     checkpoint |= {"model": state.model.state_dict(), "decoder": state.decoder,
                    "vocabulary": state.vocabulary}
     save(folder / "stage2.pt", checkpoint)
+    data.STOP.saved = f"stage 2 is saved at step {state.step}"
 
 
-def run_stage2(settings, folder, device, resume=False, latents=None, given=()):
+def run_stage2(settings, folder, device, resume=False, latents=None, given=(), decoder=None):
     """Stage 2 with log, checkpoints and pictures: FOLDER/stage2.pt, log.csv, latents.png.
 
     latents: to learn from instead of F = G1(e) of FOLDER/stage1.pt; for comparisons
     given: names of the settings that the command line holds
+    decoder: a folder whose stage1.pt is to be FOLDER's; None: it is there already
     """
-    first = sample.load_checkpoint(folder, 1)
+    first = sample.load_checkpoint(decoder or folder, 1)
     settings = settings_of_stage2(settings, first, given)
     if latents is None:
-        trained = sample.open_run(folder, device, stages=(1,))
+        trained = sample.open_run(decoder or folder, device, stages=(1,))
         latents = sample.training_latents(trained)
-    sample.save_latent_histogram(folder / "latents.png", latents)
+    replaces = decoder is not None and brings_another(decoder, folder, first, resume)
     settings, state = new_stage2(settings, latents, first, folder, device)
     path = folder / "stage2.pt"
     old = sample.load_checkpoint(folder, 2, resume=True) if resume else None
     if old is not None:
         resume_stage2(settings, state, path, old)
-    else:
-        set_aside(path)
+    elif replaces:
+        take_decoder(decoder, folder, settings, first)
+    elif path.exists():
+        keep_aside(folder, moved=["stage2.pt"], copied=["log.csv", "metrics.json"])
+        add_metrics(folder, settings, OF_SAMPLES)        # scores of another stage 2 go
+    sample.save_latent_histogram(folder / "latents.png", latents)
     m, s = state.normalizer.m.mean(), state.normalizer.s.mean()
     # A spread far above 1 says that a few latents are extreme (normalize.py).
     print(f"stage 2 | latents {tuple(latents.shape)} | median {m:.3f}, 0.7413 IQR {s:.3f}, "
           f"normalized spread {state.latents.std():.3f}")
-    train = train_text if settings.text else train_stage2
-    log = Log(folder, 2, state.step, settings.steps_stage2, settings.log_every)
-    began = time.time() - state.seconds
-    for loss in train(settings, state):
-        state.seconds = time.time() - began
-        log.add(state.step, loss)
-        if is_due(settings, state.step, settings.steps_stage2):
-            save_stage2(settings, state, folder)
-            plot_log(folder)
+    means = None if old is None else old["log"]
+    state.log = Log(folder, 2, state.step, settings.steps_stage2, settings.log_every, means)
+    with telling_what_is_kept(path), data.finishing_steps() as stop:
+        learn_stage2(settings, state, folder, stop)
     add_metrics(folder, settings, OF_SAMPLES, seconds_stage2=round(state.seconds, 1),
                 steps_stage2=state.step, peak_memory_gib_stage2=peak_memory_gib())
 
 
-def take_decoder(args):
-    """--decoder RUN: copies its stage1.pt to --out, so that stage 2 can be tried in many ways."""
-    theirs = sample.load_checkpoint(args.decoder, 1)["fingerprint"]
-    path = args.out / "stage1.pt"
-    if path.exists():
-        if sample.load_checkpoint(args.out, 1)["fingerprint"] == theirs:
-            return                                        # it was copied before
-        if args.resume:
-            raise BadInput(f"{path} is another than that of --decoder {args.decoder}; run without "
-                           "--resume, or with another --out")
-    # Copied under another name first, as in save; only then does the older one go.
-    args.out.mkdir(parents=True, exist_ok=True)
-    shutil.copy(Path(args.decoder) / "stage1.pt", path.with_suffix(".tmp"))
-    if path.exists():
-        set_aside(path)
-        (args.out / "metrics.json").unlink(missing_ok=True)
-    os.replace(path.with_suffix(".tmp"), path)
+def learn_stage2(settings, state, folder, stop):
+    """The steps themselves, and what is written meanwhile; stop: see data.finishing_steps."""
+    train = train_text if settings.text else train_stage2
+    began = time.time() - state.seconds
+    for loss in train(settings, state):
+        state.seconds = time.time() - began
+        state.log.add(state.step, loss)
+        stopping = stop.asked is not None
+        due = is_due(settings, state.step, settings.steps_stage2)
+        if due or stopping:
+            save_stage2(settings, state, folder)
+        if stopping:
+            return
+        if due:
+            plot_log(folder)
+
+
+def brings_another(decoder, folder, first, resume):
+    """Whether --decoder RUN brings another stage 1 than FOLDER has; first: its checkpoint."""
+    path = folder / "stage1.pt"
+    if not path.exists():
+        return True
+    if sample.load_checkpoint(folder, 1)["fingerprint"] == first["fingerprint"]:
+        return False                                         # it was copied before
+    if resume:
+        raise BadInput(f"{path} is another than that of --decoder {decoder}; run without "
+                       "--resume, or with another --out")
+    return True
+
+
+def take_decoder(decoder, folder, settings, first):
+    """--decoder RUN: copies its stage1.pt, so that stage 2 can be tried in many ways."""
+    keep_aside(folder, moved=RUN_FILES)
+    with data.writing(folder / "stage1.pt") as temporary:
+        shutil.copyfile(Path(decoder) / "stage1.pt", temporary)
+    add_metrics(folder, settings, source=first["source"])
+
+
+# ---- Looking ahead: what can be known before the data is read ------------------------------------
+#
+# Photos may take minutes to read, stage 1 hours to train. What can be seen to go wrong after that,
+# from the command line, names of files and checkpoints alone, is told in the first seconds.
+
+
+def check_captions(args, found, names):
+    """--text needs captions: refuses data that has none; found: all of it, names: what is used."""
+    if args.data in ("synthetic", "puppets"):
+        return                                               # they come with captions
+    reading = data.Reading(size=64)                          # its notes are load's to tell
+    captions = data.read_captions(Path(args.data), [one.name for one in found], reading)
+    vocabulary_of([captions.get(name) or "" for name in names])
+
+
+def count_numbers(module):
+    """How many numbers a network learns."""
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def model_sizes(settings, n_objects):
+    """Numbers in decoder and denoiser, built without memory: see check_models."""
+    with torch.device("meta"):
+        decoder = autodecoder.build_decoder(settings, n_objects)
+        vocabulary = ["word"] if settings.text else []
+        denoiser = diffusion.build_denoiser(settings, decoder.latent_shape, vocabulary)
+    return count_numbers(decoder), count_numbers(denoiser)
+
+
+def bytes_of_a_step(settings, n_objects):
+    """Least memory of what a step of stage 1 makes, bytes: only what surely is there at once."""
+    B = min(settings.objects_per_step, n_objects)
+    channels = 4 + settings.parts
+    volumes = B * channels * settings.volume_side**3
+    side = settings.window or settings.size // 2 ** len(settings.finer_at)
+    side = min(side, settings.size)
+    samples = B * settings.views_per_step * side**2 * settings.n_samples
+    # A volume and its gradient; a sample's channels, and where it is (x, y, z).
+    return {"volumes of a step": 4 * 2 * volumes, "samples on rays": 4 * (channels + 3) * samples}
+
+
+def check_size(args, settings, n_objects, device):
+    """Refuses what fits neither into memory nor on the disk, as far as a few lines can tell."""
+    decoder, denoiser = model_sizes(settings, n_objects)
+    frames = {}
+    if args.stage != 2 and args.data in ("synthetic", "puppets"):
+        frames["frames"] = n_objects * settings.n_views * settings.size**2 * 4       # r, g, b, mask
+    learning = {}                                            # on a GPU, it is not in this memory
+    to_write = 0
+    if args.stage != 2:
+        if device == "cpu":
+            learning = {"decoder, gradients and Adam": 4 * 4 * decoder}
+            learning |= bytes_of_a_step(settings, n_objects)
+        sample.check_memory(frames | learning, "smaller settings, or a smaller --preset")
+        to_write += 4 * 3 * decoder                          # weights, and two of Adam's for each
+    if args.stage != 1:
+        if device == "cpu":
+            learning = {"denoiser, average, gradients and Adam": 4 * 5 * denoiser}
+        sample.check_memory(frames | learning, "smaller settings, or a smaller --preset")
+        to_write += 4 * 4 * denoiser
+    if not args.resume:                                      # else it is there already
+        check_disk(args.out, to_write)
+
+
+def check_disk(out, to_write):
+    """Refuses checkpoints of more bytes than the disk has left; out: a folder, there or not."""
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if to_write > free:
+        raise BadInput(f"checkpoints take at least {to_write / 2**30:.2f} GiB, and on the disk of "
+                       f"{out} are {free / 2**30:.2f} left: another --out, or smaller settings")
+
+
+def look_ahead(args, settings, device):
+    """All checks that need neither data nor the folder to be ours -> the source of the data."""
+    if args.stage == 2:
+        first = sample.load_checkpoint(args.decoder or args.out, 1)
+        source = absolute_source(args.data)
+        if args.data_given and source != first["source"]:
+            raise BadInput(f"--data {args.data}: stage 2 learns from stage 1 alone, and that was "
+                           f"trained on {first['source']}; leave --data out, or train stage 1")
+        settings = settings_of_stage2(settings, first, args.given)
+        check_size(args, settings, len(first["names"]), device)
+        return first["source"]
+    reading = data.Reading(settings.size, as_clips=settings.as_clips)
+    found = data.find(args.data, settings.n_objects, reading)
+    chosen = data.choose(found, settings.objects, args.data)
+    autodecoder.build_features(settings.perceptual, "cpu")
+    if args.stage is None and len(chosen) > 1 and settings.text:
+        check_captions(args, found, [one.name for one in chosen])
+        if settings.t5:
+            diffusion.T5Encoder(settings.t5)
+    check_size(args, settings, len(chosen), device)
+    return absolute_source(args.data)
+
+
+def check_resuming(args, settings):
+    """--resume: damaged checkpoints, and those of other settings, are refused at once."""
+    if not args.resume or args.stage == 2:
+        return                                               # run_stage2 reads no data before it
+    first = sample.load_checkpoint(args.out, 1, resume=True)
+    second = sample.load_checkpoint(args.out, 2, resume=True)
+    if first is not None:
+        path = args.out / "stage1.pt"
+        from_data = ("parts", "focal", "body")               # see fit_to_data
+        same_settings(settings, first["settings"], STAGE1_GROUPS, path, from_data)
+    if first is None or second is None or args.stage == 1:
+        return
+    # A stage 1 that goes on will have another stage 2.
+    ends = first["step"] >= settings.steps_stage1
+    if ends and second["decoder"] == first["fingerprint"]:
+        from_text = ("context_dim",) if settings.t5 else ()
+        path = args.out / "stage2.pt"
+        same_settings(settings, second["settings"], ("stage 2", "text"), path, from_text)
+
+
+def stage2_goes_on(folder):
+    """Whether a stage2.pt in a folder belongs to its stage1.pt; True where there is none."""
+    if not (folder / "stage2.pt").exists():
+        return True
+    first = sample.load_checkpoint(folder, 1)
+    return sample.load_checkpoint(folder, 2)["decoder"] == first["fingerprint"]
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1401,13 +1777,13 @@ def make_parser():
     parser = data.Parser(description=__doc__.splitlines()[0], argument_default=None)
     add = parser.add_argument
     add("--stage", type=int, choices=[1, 2], help="one stage only (default: both, then sample)")
-    add("--data", default="synthetic", help="'synthetic', 'puppets', or a folder of photos or "
-        "clips (%(default)s)")
+    add("--data", help="'synthetic', 'puppets', or a folder of photos or clips (synthetic)")
     add("--preset", choices=PRESETS, help="%(choices)s (default: tiny; for clips tiny-clips; for "
         "puppets, and where else cameras are learned, tiny-video)")
     add("--cameras", choices=["known", "learned"], help="learned: from nothing but the pictures "
         "(default: known, where the data has them)")
-    add("--out", help="the run's folder (default: runs/PRESET-DATA)")
+    add("--out", help="the run's folder (default: runs/PRESET-DATA, or where that holds a run on "
+        "other data of this name, runs/PRESET-DATA-2, ...)")
     add("--decoder", metavar="RUN", help="with --stage 2: on the stage 1 of that run, which is "
         "copied to --out")
     add("--steps", type=int, help="training steps of each stage that runs")
@@ -1448,6 +1824,9 @@ def parse(arguments=None):
     args.given: the names of the settings among these flags
     """
     args = make_parser().parse_args(arguments)
+    args.data_given = args.data is not None
+    if not args.data_given:
+        args.data = "synthetic"
     args.preset = choose_preset(args)
     values = dict(PRESETS[args.preset])
     args.given = set()
@@ -1461,24 +1840,27 @@ def parse(arguments=None):
     clips = has_clips(args)
     learned = clips or args.cameras == "learned"
     refuse_idle_flags(args, AllSettings(**values), args.given, learned)
+    if clips and args.cameras == "known":
+        raise BadInput(f"--cameras known: {args.data} has none; leave it out, or say learned")
     if not clips and values.get("parts", 0) > 1 and "parts" in args.given:
         raise BadInput(f"--parts {values['parts']}: rigid objects have one part; only clips of "
                        "what moves have more")
+    if args.steps is not None:
+        data.check_number("--steps", args.steps, BOUNDS["steps_stage1"])
     for stage in (1, 2):
         if args.steps is not None and args.stage in (None, stage):
             values[f"steps_stage{stage}"] = args.steps
-    settings = AllSettings(**values)
+    values["betas"] = tuple(float(beta) for beta in values.get("betas", AllSettings.betas))
+    settings = AllSettings(**values)                      # (Adam wants no whole numbers: 0,0.9)
     check(settings)
-    args.out = Path(args.out or f"runs/{args.preset}-{Path(args.data).resolve().name}")
+    if learned and args.stage != 2:
+        check_poses(settings)
+    args.out = Path(args.out or default_out(args.preset, absolute_source(args.data)))
     return args, settings
 
 
-def main(arguments=None):
-    """Data, stage 1, stage 2, first samples: whichever --stage asks for."""
-    args, settings = parse(arguments)
-    device = sample.choose_device(args.device)
-    if args.decoder:
-        take_decoder(args)
+def train_stages(args, settings, device):
+    """Data, stage 1, stage 2, first samples: whichever --stage asks for -> paths of pictures."""
     paths = []
     n_objects = None
     if args.stage != 2:
@@ -1490,19 +1872,36 @@ def main(arguments=None):
         training = len(dataset.heldout) - heldout
         print(f"data    | {dataset.layout}: {n_objects} objects, {training} training and {heldout} "
               f"held-out views, {settings.size}x{settings.size}, {seconds:.0f} s")
-        args.out.mkdir(parents=True, exist_ok=True)
-        settings = fit_to_data(settings, args.cameras, dataset, args.data)
-        run_stage1(settings, dataset, args.out, device, args.data, args.resume)
+        settings = fit_to_data(settings, args.cameras, dataset)
+        source = absolute_source(args.data)
+        run_stage1(settings, dataset, args.out, device, source, args.resume)
         add_metrics(args.out, settings, seconds_data=round(seconds, 1))
         paths += [args.out / name for name in ("training.png", "orbit.png", "loss.png")]
     both = args.stage is None and n_objects > 1               # one object has no distribution
+    if both:
+        # Flags of stage 1 have gone into it just now: none of them is given to stage 2. And where
+        # stage 1 has gone on, an earlier stage 2 belongs to what it was.
+        resume = args.resume and stage2_goes_on(args.out)
+        run_stage2(settings, args.out, device, resume, given=())
+    if args.stage == 2:
+        run_stage2(settings, args.out, device, args.resume, given=args.given,
+                   decoder=args.decoder)
     if both or args.stage == 2:
-        # Where both stages run, flags of stage 1 have gone into it just now.
-        given = args.given if args.stage == 2 else ()
-        run_stage2(settings, args.out, device, args.resume, given=given)
         paths += [args.out / "latents.png", args.out / "loss.png"]
     if both:
         paths += first_sampling(settings, args.out, device)
+    return paths
+
+
+def main(arguments=None):
+    """Reads the flags, checks what can be checked, and trains."""
+    args, settings = parse(arguments)
+    device = sample.choose_device(args.device)
+    source = look_ahead(args, settings, device)
+    with alone_in(args.out):
+        check_resuming(args, settings)
+        claim(args.out, settings, source)
+        paths = train_stages(args, settings, device)
     print("wrote " + ", ".join(str(path) for path in dict.fromkeys(paths)))
 
 

@@ -404,7 +404,7 @@ def learn_decoder(trial, seed, options):
     if has_stage(args.out, settings, 1, trial):
         return
     dataset = data.load_for(settings, args.data)
-    settings = train.fit_to_data(settings, args.cameras, dataset, args.data)
+    settings = train.fit_to_data(settings, args.cameras, dataset)
     if trial.degrees:
         dataset = shake_cameras(dataset, trial.degrees, seed)
     train.run_stage1(settings, dataset, args.out, options.device, args.data)

@@ -553,9 +553,7 @@ def reader_of(folder, settings, n_objects=2000, epochs=12):
     # Of objects of another seed: neither the run's own nor those whose captions it is asked for.
     objects = data.load("synthetic", settings.size, 0, settings.seed + 1, n_objects, 6)
     reader = fit_reader(objects, epochs)
-    temporary = path.with_suffix(".tmp")
-    torch.save(reader.state_dict(), temporary)
-    os.replace(temporary, path)
+    train.save_tensors(path, reader.state_dict())
     return reader
 
 
@@ -891,6 +889,12 @@ def print_scores(scores):
         print("fd and kd are on a fixed random network: not comparable with published FID and KID")
 
 
+def warn_of_few_views(views, features):
+    """A covariance of d features needs more than d pictures: with fewer, fd is of their noise."""
+    if views <= features:
+        print(f"only {views} training views for {features} features: fd is unreliable")
+
+
 # ---- Runs side by side ---------------------------------------------------------------------------
 
 COMPARED = ("psnr_heldout", "mask_heldout", "fd", "kd", "cov", "mmd", "nna", "memorization",
@@ -906,7 +910,9 @@ def read_metrics(folder):
         metrics = json.loads((Path(folder) / "metrics.json").read_text())
         for name in ("samples", "views"):
             metrics["settings"][name] = metrics.get(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        for name in COMPARED:
+            float(metrics.get(name, 0))                    # TypeError where it is no number
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BadInput(f"--compare {folder}: no metrics.json that train.py or evaluate.py "
                        "wrote") from None
     return metrics
@@ -1004,8 +1010,7 @@ def draw_curves(curves, path):
         side.set_major_formatter("{x:g}")
         side.set_minor_formatter("")
     axis.legend(fontsize=7)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    sample.save_figure(path, figure, dpi=100)
 
 
 def compare_runs(folders, path):
@@ -1057,7 +1062,7 @@ def parse(arguments=None):
 
 OF_SCORING = ("run", "data", "device", "n", "views", "steps", "churn", "guidance", "seed",
               "no_baselines", "no_shapes", "inception", "lpips")
-AT_LEAST_ONE = ("n", "views", "steps")
+BOUNDS = sample.BOUNDS | {"n": (1, 100_000), "views": (1, 1000)}     # least, most
 DEFAULTS = {"run": "runs/tiny-synthetic", "device": "auto", "n": 256, "views": 10, "seed": 0}
 
 
@@ -1069,14 +1074,10 @@ def check(args):
             if value is not None and value is not False:          # 0 was given, too
                 raise BadInput(f"--compare reads what was scored before: leave "
                                f"--{name.replace('_', '-')} out")
-    for name in AT_LEAST_ONE:
+    for name, bounds in BOUNDS.items():
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise BadInput(f"--{name} must be 1 or more, got {value}")
-    if args.churn is not None and not 0 <= args.churn < math.inf:
-        raise BadInput(f"--churn must be 0 or more and finite, got {args.churn}")
-    if args.guidance is not None and not math.isfinite(args.guidance):
-        raise BadInput(f"--guidance must be finite, got {args.guidance}")
+        if value is not None:
+            data.check_number(f"--{name}", value, bounds)
     for name, value in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -1086,16 +1087,6 @@ def check(args):
         raise BadInput(f"{args.n} samples x {args.views} views are too few for the covariance of "
                        f"{features} features: --n {least} --views {args.views} is the least, "
                        "--n 256 --views 10 is usual")
-
-
-def load_objects(trained, args):
-    """The data that a run learned from; refuses what is no longer that."""
-    source = args.data or trained.source
-    dataset = data.load_for(trained.data_settings, source)
-    if dataset.names != trained.names:
-        raise BadInput(f"{source} does not hold the objects of {args.run}: give their folder with "
-                       "--data")
-    return dataset
 
 
 def fill_in(args, trained):
@@ -1135,7 +1126,9 @@ def evaluate_run(args):
     if args.guidance is not None and not knows_captions(trained):
         raise BadInput(f"--guidance: {args.run} knows no text, or not that of built-in objects, "
                        "whose captions are scored")
-    dataset = load_objects(trained, args)
+    folder = Path(args.out or args.run)
+    data.make_folder(folder)
+    dataset = sample.load_data(trained, args.data)
     began = time.time()
     fill_in(args, trained)
     scores = score_views(trained, dataset, lpips)
@@ -1149,10 +1142,11 @@ def evaluate_run(args):
     else:
         print(f"{args.run} has no stage2.pt: held-out views and poses only")
     scores["seconds_evaluation"] = round(time.time() - began, 1)
-    folder = Path(args.out or args.run)
-    folder.mkdir(parents=True, exist_ok=True)
     train.add_metrics(folder, settings, train.OF_SAMPLES, **scores)
     print_scores(scores)
+    if generates:
+        warn_of_few_views(int((~dataset.heldout).sum()),
+                          INCEPTION_FEATURES if args.inception else N_FEATURES)
     print(f"wrote {folder / 'metrics.json'}")
 
 
@@ -1161,7 +1155,7 @@ def main(arguments=None):
     args = parse(arguments)
     if args.compare:
         folder = Path(args.out or ".")
-        folder.mkdir(parents=True, exist_ok=True)
+        data.make_folder(folder)
         compare_runs(args.compare, folder / "compare.png")
     else:
         evaluate_run(args)

@@ -2041,8 +2041,10 @@ def test_command_line_says_of_clips_that_cameras_are_unknown(tmp_path, capsys):
 
 def test_command_line_refuses_what_cannot_be():
     for arguments, says in ((["--dat", "x"], "did you mean --data?"),            # no prefixes
-                            (["--size", "4"], "--size must be at least 8"),
-                            (["--holdout", "-1"], "--holdout at least 0")):
+                            (["--size", "4"], "--size must be between 8 and"),
+                            (["--holdout", "-1"], "--holdout must be between 0"),
+                            (["--max-frames", "0"], "--max-frames must be between"),
+                            (["--max-megapixels", "nan"], "--max-megapixels must be")):
         with pytest.raises(BadInput, match=re.escape(says)):
             data.main(arguments)
 

@@ -662,8 +662,10 @@ def test_a_run_without_numbers_cannot_be_compared(tmp_path, content):
     ("--n 8", "8 samples x 10 views|--n 25"),
     ("--n 1 --views 300", "1 samples|--n 2"),
     ("--inception FILE", "2048 features|--n 205"),
-    ("--n 0", "--n must be 1"), ("--steps 0", "--steps must be 1"), ("--views x", "--views"),
-    ("--churn -5", "--churn"), ("--churn nan", "--churn"), ("--guidance inf", "--guidance"),
+    ("--n 0", "--n must be between 1 and"), ("--steps 0", "--steps must be between 1 and"),
+    ("--n 100001", "--n"), ("--views 0", "--views"), ("--views x", "--views"),
+    ("--seed -1", "--seed"), ("--churn -5", "--churn"), ("--churn nan", "--churn"),
+    ("--guidance inf", "--guidance"),
     ("--voxel RUN", "--voxel"), ("--stepz 3", "--steps"),
     ("--compare A B --n 256", "--compare|--n"), ("--compare A B --run R", "--compare|--run"),
     ("--compare A --no-shapes", "--compare|--no-shapes"), ("--compare A --seed 0", "--seed"),
@@ -726,6 +728,15 @@ def test_every_kind_of_sample_gets_every_score(run, tmp_path, capsys):
         assert title in printed
 
 
+def test_too_few_training_views_for_the_features_are_told(run, tmp_path, capsys):
+    evaluate.main(["--run", str(run), *FEW, "--steps", "1", "--no-baselines", "--no-shapes",
+                   "--out", str(tmp_path)])
+    line = "only 20 training views for 240 features: fd is unreliable"
+    assert line in capsys.readouterr().out.splitlines()
+    evaluate.warn_of_few_views(241, 240)
+    assert not capsys.readouterr().out
+
+
 def test_scores_of_an_earlier_evaluation_do_not_stay_beside_those_of_this_one(run, tmp_path):
     earlier = {"fd": 1.0, "fd_direct": 1.0, "cov_train": 0.5, "empty": 0.0, "seconds_stage1": 3.0}
     (tmp_path / "metrics.json").write_text(json.dumps(earlier))
@@ -777,8 +788,12 @@ def test_ssim_of_heldout_views_is_that_of_what_the_decoder_makes_of_them(run):
 
 def test_data_that_is_no_longer_that_of_the_run_is_refused(run, tmp_path):
     first = torch.load(run / "stage1.pt", weights_only=True)
-    torch.save(first | {"names": ["ann", "bob", "cy", "dee"]}, tmp_path / "stage1.pt")
-    refused(lambda: evaluate.main(["--run", str(tmp_path)]), "synthetic", str(tmp_path), "--data")
+    train.save(tmp_path / "stage1.pt", first | {"portraits": 1 - first["portraits"]})
+    refused(lambda: evaluate.main(["--run", str(tmp_path)]), "synthetic", str(tmp_path), "--data",
+            "are not the photos that")
+    train.save(tmp_path / "stage1.pt", first | {"source": str(tmp_path / "gone")})
+    refused(lambda: evaluate.main(["--run", str(tmp_path)]), str(tmp_path / "gone"), "--data",
+            "is not there")
 
 
 def test_stage_2_of_another_seed_is_compared_with_the_objects_it_learned_from(run, tmp_path):
@@ -786,8 +801,7 @@ def test_stage_2_of_another_seed_is_compared_with_the_objects_it_learned_from(ru
     train_without_pictures(*SMALL_2, "--seed", 4, "--out", tmp_path)
     trained = sample.open_run(tmp_path)
     assert trained.settings.seed == 4
-    args = evaluate.parse(["--run", str(tmp_path)])
-    assert evaluate.load_objects(trained, args).captions == trained.captions
+    assert sample.load_data(trained).captions == trained.captions
 
 
 @pytest.fixture(scope="module")

@@ -58,13 +58,16 @@ def make_run(folder, source="synthetic", names=NAMES, lively=False, **changes):
         for weight in denoiser.parameters():
             weight.data += 0.05 * torch.randn_like(weight)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"stage": 1, "settings": values, "names": names, "captions": names,
-                "source": source, "fingerprint": "f", "model": decoder.state_dict(),
-                "view": {"distance": 4.0, "elevation": 0.3}, "posenet": posenet, "poses": poses},
-               folder / "stage1.pt")
-    torch.save({"stage": 2, "settings": values, "decoder": "f", "m": torch.tensor(-3.0),
-                "s": torch.tensor(2.0), "vocabulary": vocabulary, "ema": denoiser.state_dict()},
-               folder / "stage2.pt")
+    portraits = torch.zeros(len(names), 4, 4, 4)
+    if source == "puppets":
+        portraits = sample.portraits(data.load_for(settings, source))
+    train.save(folder / "stage1.pt", {
+        "stage": 1, "settings": values, "names": names, "captions": names, "source": source,
+        "fingerprint": "f", "model": decoder.state_dict(), "posenet": posenet, "poses": poses,
+        "view": {"distance": 4.0, "elevation": 0.3}, "portraits": portraits})
+    train.save(folder / "stage2.pt", {
+        "stage": 2, "settings": values, "decoder": "f", "m": torch.tensor(-3.0),
+        "s": torch.tensor(2.0), "vocabulary": vocabulary, "ema": denoiser.state_dict()})
     return folder
 
 
@@ -90,7 +93,7 @@ def edit(path, **changes):
             del checkpoint[key]
         else:
             checkpoint[key] = value
-    torch.save(checkpoint, path)
+    train.save(path, checkpoint)
 
 
 def refused(call, *words):
@@ -153,6 +156,31 @@ def test_a_file_that_is_no_checkpoint_is_bad_input(tmp_path, content):
 class Attack:
     def __reduce__(self):
         return exec, ("import builtins; builtins.attacked = True",)
+
+
+def test_one_bit_of_one_weight_is_missed(folder):
+    for name, key in (("stage1.pt", "model"), ("stage2.pt", "ema")):
+        checkpoint = torch.load(folder / name, weights_only=True)
+        weight = next(value for value in checkpoint[key].values() if len(value.flatten()) > 10)
+        content = bytearray((folder / name).read_bytes())
+        content[content.index(weight.numpy().tobytes()) + 9] ^= 1
+        (folder / name).write_bytes(bytes(content))
+        stage = int(name[5])
+        refused(lambda: sample.load_checkpoint(folder, stage), name, "is damaged: what it holds")
+
+
+def test_the_digest_of_a_checkpoint_is_of_all_its_content_and_of_nothing_else():
+    content = {"a": torch.arange(3.0), "b": [1, 2.0, None, "x"], "c": {1: True, "n": (1, 2)}}
+    other_order = {"c": {"n": [1, 2], 1: True}, "b": [1, 2.0, None, "x"], "a": torch.arange(3.0)}
+    digest = sample.content_digest(content)
+    assert digest == sample.content_digest(other_order | {"digest": "itself"})
+    changed = [content | {"a": torch.arange(3)}, content | {"a": torch.arange(3.0)[:, None]},
+               content | {"b": [12.0, None, "x"]}, content | {"b": [1, 2, None, "x"]},
+               content | {"c": {1: True, "n": (1, 2), "d": {}}},
+               content | {"c": {1: 1, "n": [1, 2]}},
+               content | {"d": None}]
+    digests = {sample.content_digest(other) for other in changed}
+    assert len(digests) == len(changed) and digest not in digests
 
 
 def test_code_inside_a_checkpoint_is_refused_and_never_run(tmp_path):
@@ -718,6 +746,19 @@ def test_a_subject_is_driven_by_the_poses_that_the_clips_frames_show(moving_run)
     refused(lambda: sample.load_driving(trained, "0007"), "0007")
 
 
+def test_a_clip_that_is_no_longer_what_the_run_has_seen_is_refused(moving_run, tmp_path):
+    trained = sample.open_run(moving_run)
+    true = trained.portraits
+    trained.portraits = 1 - true
+    refused(lambda: sample.load_driving(trained, "0001"), "puppets", str(moving_run), "--data",
+            "are not the photos that")
+    trained.source = str(tmp_path / "gone")
+    refused(lambda: sample.load_driving(trained, "0001"), "gone", "--data", "is not there")
+    trained.portraits = true
+    sample.load_driving(trained, "0001", "puppets")        # they are there now
+    assert trained.poses.shape == (6, 2, 4, 4)
+
+
 def test_any_clip_drives_with_all_of_its_frames_whatever_the_run_left_out(moving_run, tmp_path):
     rgba = torch.zeros(20, 32, 32, 4, dtype=torch.uint8)
     for i in range(20):
@@ -815,6 +856,7 @@ CHANGES = {
 }
 NAMED_IN_AN_ERROR = {
     "--run": ["--run", "nowhere"],
+    "--data": ["--data", "somewhere"],
     "--device": ["--device", "gpu"],
 }
 
@@ -915,8 +957,12 @@ def test_flags_that_do_not_go_together_are_refused_by_name_before_anything_is_re
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--steps", "0"], ["--steps", "at least 1"]),
-    (["--n", "0"], ["--n", "at least 1"]),
+    (["--steps", "0"], ["--steps", "between 1 and"]),
+    (["--n", "0"], ["--n", "between 1 and"]),
+    (["--n", "1001"], ["--n", "between 1 and 1000"]),
+    (["--seed", "-1"], ["--seed", "between 0 and"]),
+    (["--interpolate", "0", "-1"], ["--interpolate", "between 0 and"]),
+    (["--data", "somewhere"], ["--data", "--drive"]),
     (["--churn", "-5"], ["--churn"]),
     (["--churn", "nan"], ["--churn"]),
     (["--guidance", "2"], ["--guidance", "--prompt"]),
@@ -938,6 +984,34 @@ def test_flags_that_cannot_work_are_refused_before_anything_is_read(flags, words
 def test_what_a_run_cannot_do_is_refused_before_anything_is_made(folder, flags, words):
     refused(lambda: sample.main(["--run", str(folder), *flags]), *words)
     assert sorted(path.name for path in folder.iterdir()) == ["stage1.pt", "stage2.pt"]
+
+
+# ---- The data of a run, once more ----------------------------------------------------------------
+
+
+def test_portraits_tell_other_photos_and_forgive_a_shade():
+    dataset = data.load("synthetic", 16, 3, n_objects=3, n_views=3)
+    ours = sample.portraits(dataset)
+    rgba = torch.cat([dataset.images, dataset.masks[..., None]], -1) / 255       # (9, 16, 16, 4)
+    first = rgba[:3].reshape(3, 4, 4, 4, 4, 4).mean((0, 2, 4)).permute(2, 0, 1)
+    assert ours.shape == (3, 4, 4, 4)
+    torch.testing.assert_close(ours[0], first)
+    shade = dataclasses.replace(dataset, images=dataset.images.clamp(max=251) + 3)
+    assert sample.are_same(ours, sample.portraits(shade))
+    shape = dataclasses.replace(dataset, masks=255 - dataset.masks)
+    colour = dataclasses.replace(dataset, images=dataset.images.roll(1, -1))
+    swapped = dataclasses.replace(dataset, object_index=2 - dataset.object_index)
+    for other in (shape, colour, swapped, data.load("synthetic", 16, 3, 1, 3, 3)):
+        assert not sample.are_same(ours, sample.portraits(other))
+    assert not sample.are_same(ours, ours[:2])
+
+
+def test_the_data_of_a_run_is_read_again_only_where_it_is_still_that(moving_run, tmp_path):
+    trained = sample.open_run(moving_run)
+    assert sample.load_data(trained).names == trained.names
+    trained.portraits = 1 - trained.portraits
+    refused(lambda: sample.load_data(trained), "puppets", str(moving_run), "--data")
+    refused(lambda: sample.load_data(trained, str(tmp_path / "gone")), "gone", "is not there")
 
 
 # ---- Meshes --------------------------------------------------------------------------------------
@@ -980,6 +1054,21 @@ def ball_volume(side, centre, radius):
     volume[0] = ((radius - r) * 16 + 0.5).clamp(0, 1) * math.log(2) * side
     volume[1:, r < radius + 0.05] = torch.tensor([[1.0], [0.5], [0.0]])
     return volume
+
+
+def test_a_film_that_ffmpeg_could_not_finish_is_told(tmp_path, monkeypatch):
+    def written(path, *_, **__):
+        return b"GIF" if path == "<bytes>" else path.write_bytes(b"half a film")
+
+    monkeypatch.setattr(iio, "imwrite", written)
+    refused(lambda: sample.save_film(tmp_path, "film", torch.zeros(2, 3, 8, 8)), "film.mp4",
+            "disk full")
+    assert [path.name for path in tmp_path.iterdir()] == ["film.gif"]
+
+
+def test_more_samples_than_fit_into_memory_are_refused_at_once(folder, monkeypatch):
+    monkeypatch.setattr(sample, "physical_memory", lambda: 2**30)
+    refused(lambda: sample.main(["--run", str(folder), "--n", "900"]), "GiB of memory", "--n")
 
 
 def test_surface_colours_are_those_of_what_is_dense_there():

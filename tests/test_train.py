@@ -3,11 +3,14 @@ stranger's mistakes get one line."""
 import argparse
 import csv
 import dataclasses
+import errno
 import json
 import math
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +78,15 @@ def log_rows(folder):
         return [row[:4] for row in csv.reader(file)]
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Training without drawing, which takes longer than a few steps do."""
+    for name in ("save_training_sheet", "save_orbit", "save_latent_histogram"):
+        monkeypatch.setattr(sample, name, lambda *_: None)
+    monkeypatch.setattr(train, "plot_log", lambda *_: None)
+    monkeypatch.setattr(train, "first_sampling", lambda *_: [])
+
+
 def interrupt_at(monkeypatch, step):
     """Makes training stop, as if killed, when it is about to log this step."""
     add = train.Log.add
@@ -103,7 +115,7 @@ def everything(arguments):
     """All numbers that a run of these flags makes: frames, losses, weights, samples, in one row."""
     args, settings = train.parse(arguments)
     dataset = data.load_for(settings, args.data)
-    settings = train.fit_to_data(settings, args.cameras, dataset, args.data)
+    settings = train.fit_to_data(settings, args.cameras, dataset)
     state = train.new_stage1(settings, dataset, "cpu")
     features = train.autodecoder.build_features(settings.perceptual, "cpu")
     loop = train.train_stage1 if state.posenet is None else train.train_moving
@@ -277,7 +289,7 @@ def test_the_preset_follows_from_the_data_and_the_flags_from_the_preset(tmp_path
     ("--churn -5", "--churn"), ("--text --guidance nan", "--guidance"), ("--betas 0.5", "--betas"),
     ("--betas 0.5,1.5", "--betas"), ("--lr-stage2 inf", "--lr-stage2"),
     ("--cameras learned --growth 0.1", "--growth"), ("--unet-channels 33", "do not fit"),
-    ("--unet-multipliers 0.5,1", "whole numbers"), ("--unet-multipliers 0", "whole numbers"),
+    ("--unet-multipliers 1.5,1", "whole numbers"), ("--unet-multipliers 0", "--unet-multipliers"),
     ("--text --context-dim 66", "do not fit"), ("--cameras learned --pose-width 0", "--pose-width"),
     ("--channels 400 --decoder-attention 8", "200 channels"),
     ("--decoder-attention 4", "sides 8, 16"), ("--finer-at 0.1,0.2,0.3", "4 pixels"),
@@ -582,8 +594,13 @@ def test_a_tenth_of_the_captions_is_left_out_and_the_rest_are_the_objects_own():
 # ---- A whole run ---------------------------------------------------------------------------------
 
 
-def test_whole_pipeline_writes_what_it_names_and_finite_metrics(tmp_path, capsys):
+def test_whole_pipeline_writes_what_it_names_and_finite_metrics(tmp_path, capsys, monkeypatch):
+    renamed = {"lock"}
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (renamed.add(Path(b).name), replace(a, b)))
     run("--steps", "6", "--n-sheet", "2", out=tmp_path / "run")
+    # Each file was written whole under another name first: see data.writing.
+    assert renamed == {path.name for path in tmp_path.rglob("*") if path.is_file()}
     named = capsys.readouterr().out.splitlines()[-1].removeprefix("wrote ").split(", ")
     assert len(named) >= 7 and all(Path(path).stat().st_size > 100 for path in named)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -624,7 +641,7 @@ def test_main_hands_the_flags_on_to_both_stages_and_to_the_first_sampling(tmp_pa
     def stage1(settings, dataset, folder, device, source, resume):
         seen.append((settings.seed, dataset.n_objects, folder, device, source, resume))
 
-    def stage2(settings, folder, device, resume, given):
+    def stage2(settings, folder, device, resume, given, decoder=None):
         seen.append((settings.seed, folder, device, resume, given))
 
     def sampling(settings, folder, device):
@@ -635,6 +652,7 @@ def test_main_hands_the_flags_on_to_both_stages_and_to_the_first_sampling(tmp_pa
     monkeypatch.setattr(train, "run_stage2", stage2)
     monkeypatch.setattr(train, "first_sampling", sampling)
     monkeypatch.setattr(sample, "choose_device", lambda name: f"the {name}")
+    monkeypatch.setattr(train, "look_ahead", lambda args, settings, device: "synthetic")
     run("--device", "gpu", "--seed", "7", out=tmp_path, resume=True)
     assert seen == [(7, 4, tmp_path, "the gpu", "synthetic", True),
                     (7, tmp_path, "the gpu", True, ()), (7, tmp_path, "the gpu")]
@@ -701,15 +719,17 @@ def test_black_pictures_score_as_their_error_says():
 def test_resumed_run_has_the_bits_of_one_that_was_never_stopped(tmp_path, monkeypatch):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     for stage, key in ((1, "model"), (2, "ema")):
-        run("--stage", str(stage), "--steps", "8", out=whole)
+        # Lines of the log end at 3, 6 and 8: the checkpoint at 4 is in the middle of one.
+        flags = ("--stage", str(stage), "--steps", "8", "--log-every", "3")
+        run(*flags, out=whole)
         with monkeypatch.context() as patch:
-            interrupt_at(patch, 6)                       # after the checkpoint at 4
+            interrupt_at(patch, 5)
             with pytest.raises(KeyboardInterrupt):
-                run("--stage", str(stage), "--steps", "8", out=halves)
+                run(*flags, out=halves)
         assert sample.load_checkpoint(halves, stage)["step"] == 4
-        run("--stage", str(stage), "--steps", "8", out=halves, resume=True)
+        run(*flags, out=halves, resume=True)
         assert same(weights(whole, stage, key), weights(halves, stage, key))
-        assert log_rows(whole) == log_rows(halves)
+        assert log_rows(whole) == log_rows(halves) and len(log_rows(whole)) == 1 + 3 * stage
 
 
 def test_resuming_goes_on_in_the_middle_of_a_round_of_objects(tmp_path, monkeypatch):
@@ -782,7 +802,8 @@ def test_every_setting_that_made_a_checkpoint_must_be_the_same_to_go_on(stage):
 
 def test_resuming_brings_back_both_sources_of_random_numbers():
     state = argparse.Namespace(generator=torch.Generator().manual_seed(3), seconds=0.0,
-                               optimizer=torch.optim.Adam([torch.zeros(1)]))
+                               optimizer=torch.optim.Adam([torch.zeros(1)]),
+                               log=argparse.Namespace(means=dict))
     kept = train.for_resuming(state)["random"]
     before = torch.rand(1, generator=state.generator), torch.rand(1)
     train.restore_randomness(state, kept)
@@ -792,7 +813,7 @@ def test_resuming_brings_back_both_sources_of_random_numbers():
 def test_training_anew_keeps_the_earlier_checkpoint(copied):
     before = weights(copied, 1)["linear.weight"]
     run("--stage", "1", "--steps", "2", "--seed", "5", out=copied)
-    old = torch.load(copied / "stage1.old", weights_only=True)["model"]["linear.weight"]
+    old = torch.load(copied / "stage1.old1.pt", weights_only=True)["model"]["linear.weight"]
     assert torch.equal(old, before)
 
 
@@ -809,6 +830,8 @@ def test_checkpoints_from_before_a_flag_existed_had_its_default(tmp_path):
 def test_stage_2_of_another_stage_1_is_refused(copied):
     run("--stage", "2", "--steps", "2", out=copied)
     run("--stage", "1", "--steps", "2", "--seed", "5", out=copied)
+    assert not (copied / "stage2.pt").exists()                   # it went with its stage 1
+    shutil.copy(copied / "stage2.old1.pt", copied / "stage2.pt")
     with pytest.raises(data.BadInput, match="another stage 1"):
         sample.open_run(copied)
     with pytest.raises(data.BadInput, match="another stage 1; run without --resume"):
@@ -828,7 +851,7 @@ def test_stage_2_on_the_stage_1_of_another_run(stage1, tmp_path):
     for resume in (False, True):
         run("--stage", "2", "--steps", "2", "--decoder", str(stage1), out=tmp_path / "c",
             resume=resume)
-        kept = torch.load(tmp_path / "c" / "stage1.old", weights_only=True)
+        kept = torch.load(tmp_path / "c" / "stage1.old1.pt", weights_only=True)
         assert kept["fingerprint"] == ours
     assert "psnr_heldout" not in json.loads((tmp_path / "c" / "metrics.json").read_text())
 
@@ -841,6 +864,409 @@ def test_stage_2_of_another_seed_is_compared_with_the_objects_it_learned_from(tm
     dataset = data.load_for(trained.data_settings, trained.source)
     assert dataset.captions == trained.captions
     assert torch.equal(dataset.images, data.load("synthetic", 16, 6, 3, 4, 6).images)
+
+
+# ---- Whole files, one run in a folder, nothing replaced ------------------------------------------
+
+
+def names_in(folder):
+    """Names of the files in a folder, without pictures and the lock."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix in (".pt", ".csv", ".json"))
+
+
+def no_room(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def torch_fails(*_):
+    raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+
+@pytest.mark.parametrize("fail, reason", [
+    (no_room, "No space left on device"), (torch_fails, "unexpected pos")])
+def test_a_file_is_written_whole_or_not_at_all(fail, reason, tmp_path, monkeypatch):
+    path = tmp_path / "stage1.pt"
+    path.write_text("good")
+    with pytest.raises(data.BadInput, match=f"{path} cannot be written: .*{reason}"):
+        with data.writing(path) as temporary:
+            assert temporary.parent == tmp_path and temporary.suffix == ".pt"
+            assert str(os.getpid()) in temporary.name
+            temporary.write_text("half")
+            fail()
+    assert path.read_text() == "good" and names_in(tmp_path) == ["stage1.pt"]
+    monkeypatch.setattr(os, "fsync", no_room)                    # as on some network disks
+    with pytest.raises(data.BadInput, match="No space left"):
+        train.save(path, {"stage": 1})
+    assert path.read_text() == "good" and names_in(tmp_path) == ["stage1.pt"]
+
+
+def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (done.append("fsync"), fsync(number)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("replace"), replace(a, b)))
+    train.save(tmp_path / "a.pt", {"stage": 1})
+    assert done == ["fsync", "replace"]
+
+
+def test_fragments_go_with_the_process_that_wrote_them(tmp_path):
+    ours, theirs = os.getpid(), os.getppid()
+    kept = [f".stage1.{theirs}.tmp.pt", "stage1.tmp.pt", ".my.tmp.notes", "tmp.123.pt"]
+    gone = [f".stage1.{ours}.tmp.pt", ".loss.4194999.tmp.png", f".lock.{10**30}.tmp"]
+    for name in kept + gone:
+        (tmp_path / name).write_text("x")
+    data.make_folder(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_no_earlier_row_is_lost_while_the_log_is_opened(tmp_path, monkeypatch):
+    log = train.Log(tmp_path, 1, 0, 4, 2)
+    for step in (1, 2, 3, 4):
+        log.add(step, 1.0, 0.1)
+    before = (tmp_path / "log.csv").read_text()
+    monkeypatch.setattr(os, "replace", no_room)
+    with pytest.raises(data.BadInput, match="log.csv cannot be written"):
+        train.Log(tmp_path, 2, 0, 4, 2)
+    assert (tmp_path / "log.csv").read_text() == before
+
+
+@pytest.mark.parametrize("damage", ["1,4,0.5,20.0,8", "x,y\r\n", "\0\xff\r\n", "1,6,nan\r\n",
+                                    "1,7,a,b,c\r\n", "1,8,0.1,,9,9\r\n", "," * 200_000])
+def test_damaged_rows_of_the_log_are_left_out(tmp_path, damage):
+    good = "stage,step,loss,psnr,ms_per_step\r\n1,2,0.5,20.0,8.0\r\n"
+    (tmp_path / "log.csv").write_bytes((good + damage).encode("latin-1"))
+    train.Log(tmp_path, 2, 0, 4, 2)
+    assert log_rows(tmp_path)[1:] == [["1", "2", "0.5", "20.0"]]
+    train.plot_log(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"a": 1'])
+def test_damaged_metrics_are_measured_again(tmp_path, content):
+    (tmp_path / "metrics.json").write_bytes(content)
+    train.add_metrics(tmp_path, train.Settings(), fd=1.0)
+    assert train.read_metrics(tmp_path)["fd"] == 1.0
+    (tmp_path / "metrics.json").write_text('{"seconds_stage1": "x", "seconds_data": 2}')
+    train.add_metrics(tmp_path, train.Settings())
+    assert train.read_metrics(tmp_path)["seconds_total"] == 2
+
+
+def test_a_second_run_in_a_folder_is_refused_and_a_crash_leaves_no_lock(copied):
+    before = names_in(copied)
+    with train.alone_in(copied):
+        with pytest.raises(data.BadInput, match=f"{copied} is in use by process {os.getpid()} on"):
+            run("--stage", "1", "--steps", "2", out=copied)
+        assert names_in(copied) == before
+    (copied / "lock").write_text("process 1 on mars")            # of a crash: a file, but no lock
+    with train.alone_in(copied):
+        assert (copied / "lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_what_is_trained_anew_moves_aside_under_numbers_that_belong_together(copied, capsys):
+    run("--stage", "2", "--steps", "2", out=copied)
+    first = {path.name: path.read_bytes() for path in copied.iterdir()}
+    capsys.readouterr()
+    run("--stage", "2", "--steps", "3", out=copied)              # stage 2 alone: its stage 1 stays
+    assert "stage2.pt -> stage2.old1.pt" in capsys.readouterr().out
+    for name in ("stage2", "log", "metrics"):
+        suffix = {"stage2": ".pt", "log": ".csv", "metrics": ".json"}[name]
+        assert (copied / f"{name}.old1{suffix}").read_bytes() == first[name + suffix]
+    assert (copied / "stage1.pt").read_bytes() == first["stage1.pt"]
+    second = {path.name: path.read_bytes() for path in copied.iterdir()}
+    run("--stage", "1", "--steps", "2", out=copied)              # the whole run
+    for name in ("stage1.pt", "stage2.pt", "log.csv", "metrics.json"):
+        stem, suffix = name.split(".")
+        assert (copied / f"{stem}.old2.{suffix}").read_bytes() == second[name]
+    assert not (copied / "stage2.pt").exists()
+    assert [row[:2] for row in log_rows(copied)[1:]] == [["1", "2"]]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_nothing_moves_where_training_is_refused(copied, monkeypatch):
+    before = names_in(copied)
+    for flags in (["--data", "nowhere"], ["--objects", "9999"], ["--perceptual", "none"],
+                  ["--stage", "2", "--channels", "64"], ["--steps", "0"], ["--decoder", "nowhere"]):
+        with pytest.raises(data.BadInput):
+            run(*flags, out=copied)
+    monkeypatch.setattr(data, "load_for", no_room)               # photos that cannot be read
+    with pytest.raises(OSError):
+        run("--stage", "1", "--steps", "2", out=copied)
+    assert names_in(copied) == before
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_stage_1_that_goes_on_leaves_itself_and_its_stage_2_behind(copied, capsys):
+    run("--steps", "4", out=copied, resume=True)
+    before = {name: (copied / name).read_bytes() for name in names_in(copied)}
+    run("--steps", "4", out=copied, resume=True)                 # finished: nothing to do
+    assert not list(copied.glob("*.old*"))
+    capsys.readouterr()
+    run("--steps", "6", out=copied, resume=True)
+    assert "stage1.pt -> stage1.old1.pt" in capsys.readouterr().out
+    for name in ("stage1.pt", "stage2.pt", "log.csv"):
+        assert train.aside(copied / name, 1).read_bytes() == before[name], name
+    trained = sample.open_run(copied)                            # the two belong together again
+    assert trained.settings.steps_stage2 == 6
+    assert [row[:2] for row in log_rows(copied)[1:]] == [[s, n] for s in "12" for n in "246"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_another_decoder_moves_the_whole_run_aside_after_all_checks(stage1, tmp_path):
+    run("--stage", "1", "--steps", "2", "--seed", "5", out=tmp_path)
+    before = (tmp_path / "stage1.pt").read_bytes()
+    flags = ("--stage", "2", "--steps", "2", "--decoder", str(stage1))
+    with pytest.raises(data.BadInput, match="do not fit"):
+        run(*flags, "--unet-multipliers", "1,1,1,1", out=tmp_path)
+    assert not list(tmp_path.glob("*.old*"))
+    run(*flags, out=tmp_path)
+    assert (tmp_path / "stage1.old1.pt").read_bytes() == before
+    assert (tmp_path / "stage1.pt").read_bytes() == (stage1 / "stage1.pt").read_bytes()
+    assert train.read_metrics(tmp_path)["source"] == "synthetic"
+
+
+# ---- Signals -------------------------------------------------------------------------------------
+
+
+def signal_at(monkeypatch, step, *numbers):
+    """Sends signals to ourselves in a step of training, after its loss was logged."""
+    add = train.Log.add
+
+    def signalled(self, at, *losses):
+        add(self, at, *losses)
+        if at == step:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(train.Log, "add", signalled)
+
+
+def exit_status(capsys, call):
+    """What run_cli ends with, and the lines on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        data.run_cli(call)
+    return stop.value.code, capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("number, status, word", [
+    (signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.usefixtures("no_pictures")
+def test_a_signal_ends_training_after_the_step_and_it_goes_on_bit_for_bit(
+        number, status, word, stage, copied, tmp_path_factory, monkeypatch, capsys):
+    whole = tmp_path_factory.mktemp("whole")
+    if stage == 1:
+        (copied / "stage1.pt").unlink()
+    else:
+        shutil.copy(copied / "stage1.pt", whole)
+    flags = ("--stage", str(stage), "--steps", "6")
+    run(*flags, out=whole)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--some", "flags of mine"])
+    handlers = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        signal_at(patch, 3, number)
+        code, lines = exit_status(capsys, lambda: run(*flags, out=copied))
+    assert code == status and lines == [
+        f"stopped by {word}; stage {stage} is saved at step 3; go on with: python train.py --some "
+        "'flags of mine' --resume"]
+    assert signal.getsignal(number) == handlers
+    assert sample.load_checkpoint(copied, stage)["step"] == 3
+    run(*flags, out=copied, resume=True)
+    assert same(weights(whole, stage), weights(copied, stage))
+    assert log_rows(whole)[-3:] == log_rows(copied)[-3:]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        signal_at(patch, 3, signal.SIGTERM, signal.SIGINT)
+        code, lines = exit_status(capsys, lambda: run("--stage", "1", "--steps", "6", out=tmp_path))
+    assert (code, lines) == (130, ["stopped by Ctrl-C"])         # nothing was saved: no advice
+    assert not (tmp_path / "stage1.pt").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_signal_in_the_last_step_ends_the_run_too(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        signal_at(patch, 6, signal.SIGTERM)
+        code, _ = exit_status(capsys, lambda: run("--stage", "1", "--steps", "6", out=tmp_path))
+    assert code == 143 and sample.load_checkpoint(tmp_path, 1)["step"] == 6
+
+
+def test_outside_of_the_loops_a_signal_stops_at_once_with_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "load_for", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    code, lines = exit_status(capsys, lambda: run("--stage", "1", out=tmp_path))
+    assert (code, lines) == (143, ["stopped by SIGTERM"])
+
+
+# ---- What is known before the data is read -------------------------------------------------------
+
+
+def write_photos(folder, shade=200):
+    """Two objects of four photos each, from all sides, in NeRF's layout."""
+    for name in ("a", "b"):
+        frames = []
+        (folder / name).mkdir(parents=True)
+        for i in range(4):
+            rgba = np.zeros((16, 16, 4), np.uint8)
+            rgba[5:11, 5:11] = (shade, 90, 10 * i, 255)
+            iio.imwrite(folder / name / f"{i}.png", rgba)
+            pose = render.orbit(math.pi / 2 * i, 0.3, 4.0)
+            frames.append({"file_path": f"{i}.png", "transform_matrix": pose.tolist()})
+        transforms = {"camera_angle_x": 0.6, "frames": frames}
+        (folder / name / "transforms.json").write_text(json.dumps(transforms))
+    return folder
+
+
+OF_PHOTOS = DECODER + ["--size", "16", "--holdout", "2", "--unet-channels", "16",
+                       "--unet-attention", "4", "--batch-size", "2", "--sample-steps", "2"]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return write_photos(tmp_path / "here" / "photos")
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--text", "no object of stage 1 has a caption"), ("--text --t5 nowhere", "caption"),
+    ("--perceptual vgg.pth", "--perceptual vgg.pth"), ("--objects c", "no object c"),
+    ("--cameras learned --size 32 --keypoints 9", "--keypoints 9"),
+    ("--cameras learned", "--size 16"), ("--out FILE/x", "FILE"),
+    ("--batch-size 1000000 --unet-channels 8192 --unet-multipliers 64,64", "GiB of memory")])
+def test_what_would_fail_later_is_refused_before_photos_are_read(flags, says, photos, tmp_path,
+                                                                 monkeypatch):
+    (tmp_path / "FILE").write_text("no folder")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "load", None)
+    with pytest.raises((data.BadInput, OSError), match=says):
+        train.main([*OF_PHOTOS, "--data", str(photos), *flags.split()])
+
+
+def test_a_t5_that_is_none_is_refused_before_stage_1(photos, tmp_path, monkeypatch):
+    (photos / "captions.txt").write_text("a: a red box\n")
+    monkeypatch.setattr(data, "load", None)
+    with pytest.raises(data.BadInput, match="T5|--t5"):
+        train.main([*OF_PHOTOS, "--data", str(photos), "--out", str(tmp_path / "run"), "--text",
+                    "--t5", str(tmp_path)])
+
+
+@pytest.mark.parametrize("damaged", ["stage1.pt", "stage2.pt"])
+@pytest.mark.usefixtures("no_pictures")
+def test_damaged_checkpoints_and_other_settings_are_refused_before_photos_are_read(
+        damaged, copied, tmp_path, monkeypatch):
+    run("--stage", "2", "--steps", "2", out=copied)
+    monkeypatch.setattr(data, "load", None)
+    with pytest.raises(data.BadInput, match="--lr-stage1 is 0.1 here"):
+        run("--steps", "4", "--lr-stage1", "0.1", out=copied, resume=True)
+    with pytest.raises(data.BadInput, match="--lr-stage2 is 0.1 here"):
+        run("--steps", "4", "--lr-stage2", "0.1", out=copied, resume=True)
+    (copied / damaged).write_bytes(b"damaged")
+    with pytest.raises(data.BadInput, match=damaged):
+        run("--steps", "4", out=copied, resume=True)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_photos_that_moved_or_changed_are_told_from_those_of_the_run(photos, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    flags = [*DECODER, "--size", "16", "--holdout", "2", "--stage", "1", "--out", str(out)]
+    monkeypatch.chdir(photos.parent)
+    train.main([*flags, "--data", "photos", "--steps", "1"])
+    trained = sample.open_run(out, stages=(1,))
+    assert trained.source == str(photos) == train.read_metrics(out)["source"]
+    moved = tmp_path / "there"
+    photos.rename(moved)
+    with pytest.raises(data.BadInput, match=f"{photos}, which {out} was trained on, is not there"):
+        evaluate.main(["--run", str(out)])
+    evaluate.main(["--run", str(out), "--data", str(moved)])
+    write_photos(tmp_path / "others", shade=90)
+    for main in (lambda: evaluate.main(["--run", str(out), "--data", str(tmp_path / "others")]),
+                 lambda: train.main([*flags, "--data", str(tmp_path / "others"), "--steps", "2",
+                                     "--resume"])):
+        with pytest.raises(data.BadInput, match="are not the photos that .* was trained on"):
+            main()
+    train.main([*flags, "--data", str(moved), "--steps", "2", "--resume"])
+    assert sample.open_run(out, stages=(1,)).source == str(moved)
+    with pytest.raises(data.BadInput, match=f"trained on {moved}; leave --data out"):
+        train.main([*OF_PHOTOS, "--stage", "2", "--data", str(tmp_path / "others"), "--out",
+                    str(out)])
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_two_folders_of_one_name_have_a_run_each(photos, tmp_path, monkeypatch):
+    other = write_photos(tmp_path / "elsewhere" / "photos", shade=90)
+    flags = ["--preset", "micro", *DECODER, "--size", "16", "--stage", "1", "--steps", "1"]
+    monkeypatch.chdir(tmp_path)
+    for resume in ([], ["--resume"]):
+        for source in (photos, other):
+            train.main([*flags, "--data", str(source), *resume])
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["micro-photos",
+                                                                   "micro-photos-2"]
+    args, _ = train.parse(["--stage", "2", "--preset", "micro", "--data", str(other)])
+    assert args.out == Path("runs/micro-photos-2")
+    (args.out / "metrics.json").unlink()                         # the checkpoint knows it, too
+    args, _ = train.parse(["--preset", "micro", "--data", str(other)])
+    assert args.out == Path("runs/micro-photos-2")
+
+
+NUMBERS = [field for field in dataclasses.fields(train.AllSettings)
+           if field.type in (int, float, tuple) and field.metadata["group"] is not None]
+
+
+@pytest.mark.parametrize("field", NUMBERS, ids=lambda field: field.name)
+def test_every_number_has_bounds(field):
+    least, most = train.BOUNDS.get(field.name, train.OTHER_BOUNDS)
+    for number in (math.nan, math.inf, -math.inf, -1, most * 1.01 + 1, least - 1):
+        value = number
+        if field.type is tuple:
+            value = (*(field.default or (0.5,))[:-1], number)
+        settings = dataclasses.replace(settings_of(), **{field.name: value})
+        with pytest.raises(data.BadInput, match=f"{train.flag(field.name)} must be between"):
+            train.check_numbers(settings)
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--steps 0", "--steps"), ("--steps -3", "--steps"), ("--steps 1e9", "--steps"),
+    ("--n-sheet 1e20", "--n-sheet"), ("--betas nan,0.9", "--betas"), ("--betas=", "--betas"),
+    ("--unet-multipliers=", "--unet-multipliers"), ("--growth=", "--growth"),
+    ("--unet-attention -1", "--unet-attention"), ("--unet-attention 4.5", "whole numbers"),
+    ("--decoder-attention 1e400", "--decoder-attention"), ("--lr-stage1 -1e-3", "--lr-stage1")])
+def test_numbers_of_the_command_line_are_refused_by_their_flags(flags, says):
+    with pytest.raises(data.BadInput, match=says):
+        train.parse(["--preset", "micro", "--cameras", "learned", "--keypoints", "8",
+                     *flags.replace("--unet-attention -1", "--unet-attention=-1").split()])
+
+
+def test_adam_takes_a_whole_number_for_a_beta():
+    _, settings = train.parse(["--preset", "micro", "--betas", "0,0.9"])
+    assert settings.betas == (0.0, 0.9) and isinstance(settings.betas[0], float)
+    train.start_stage1(settings, torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--n-objects 1000000 --n-views 1000", "frames 15258.8"),
+    ("--embed-dim 65536 --channels 8192 --start-side 4 --decoder-attention=", "decoder, gradients"),
+    ("--objects-per-step 64 --volume-side 512 --n-objects 64", "volumes of a step 256.0"),
+    ("--n-samples 10000 --objects-per-step 64 --views-per-step 1000", "samples on rays")])
+def test_what_cannot_fit_is_refused_in_the_first_seconds_with_its_size(flags, says, tmp_path,
+                                                                       monkeypatch):
+    monkeypatch.setattr(sample, "physical_memory", lambda: 16 * 2**30)
+    monkeypatch.setattr(data, "load", None)
+    with pytest.raises(data.BadInput, match=f"GiB of memory .*{says}.*there are 16.0"):
+        train.main(["--preset", "micro", "--size", "16" if "frames" not in says else "64",
+                    "--out", str(tmp_path / "run"), "--stage", "1", *flags.split()])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_is_too_small_for_the_checkpoints_is_told_at_once(tmp_path, monkeypatch):
+    usage = argparse.Namespace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(data.BadInput, match="checkpoints take at least 0.*GiB"):
+        run("--steps", "1", out=tmp_path / "run")
+
+
+def test_where_the_system_does_not_tell_its_memory_nothing_is_refused(monkeypatch):
+    monkeypatch.delattr(os, "sysconf")
+    assert sample.physical_memory() is None
+    sample.check_memory({"frames": 2**80}, "")
 
 
 # ---- What goes wrong -----------------------------------------------------------------------------
@@ -867,7 +1293,7 @@ def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(arguments, says, 
         data.run_cli(lambda: train.main(flags))
     stderr = capsys.readouterr().err
     assert stop.value.code == 2 and says in stderr and len(stderr.splitlines()) == 1, stderr
-    assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.tmp*"))
 
 
 def test_scripts_start_where_there_is_no_module_of_unix_alone(tmp_path):
@@ -909,7 +1335,10 @@ def commands_of_the_documents():
 
 def test_every_command_of_the_documents_has_flags_that_fit_together(monkeypatch):
     # Folders named there are not here: what kind they are of is told by their names.
-    monkeypatch.setattr(data, "is_moving", lambda source: "CLIPS" in source or "weiz" in source)
+    def is_moving(source, as_clips):
+        return source == "puppets" or "CLIPS" in source or as_clips
+
+    monkeypatch.setattr(data, "is_moving", is_moving)
     commands = list(commands_of_the_documents())
     assert len(commands) > 15
     parsers = {"train": train.parse, "sample": sample.parse, "tests/evaluate": evaluate.parse}
@@ -925,10 +1354,13 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monk
         return real(occupancy, mask) * (math.nan if next(calls) == 5 else 1)
 
     monkeypatch.setattr(train.autodecoder, "foreground_loss", spoiled)
-    with pytest.raises(data.BadInput, match="nan at step 6"):
+    with pytest.raises(data.BadInput, match="nan at step 6; the last good checkpoint is kept, "):
         run("--stage", "1", "--steps", "8", out=tmp_path)
     kept = sample.load_checkpoint(tmp_path, 1)
     assert kept["step"] == 4 and all(torch.isfinite(v).all() for v in kept["model"].values())
+    calls = iter(range(5, 100))                          # in the first step: there is none yet
+    with pytest.raises(data.BadInput, match="nan at step 1; nothing had been saved"):
+        run("--stage", "1", "--steps", "8", "--seed", "5", out=tmp_path)
 
 
 def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path, monkeypatch):
@@ -1039,7 +1471,7 @@ def test_gradients_of_either_network_are_clipped_by_themselves(monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
     args, settings = train.parse(MOVING + ["--clip", "0.001"])
     dataset = data.load_for(settings, "puppets")
-    settings = train.fit_to_data(settings, None, dataset, "puppets")
+    settings = train.fit_to_data(settings, None, dataset)
     state = train.new_stage1(settings, dataset, "cpu")
     next(train.train_moving(settings, dataset, state))
     assert [count for count, _, _ in norms] == [len(list(network.parameters())) for network in
@@ -1049,7 +1481,7 @@ def test_gradients_of_either_network_are_clipped_by_themselves(monkeypatch):
 
 def test_poses_that_are_not_finite_stop_training_with_a_line(tmp_path, monkeypatch):
     with pytest.raises(data.BadInput, match="stage 1: (poses are not finite|the loss is nan)"):
-        run(*PUPPETS, "--stage", "1", "--steps", "8", "--lr-pose", "1e30", out=tmp_path)
+        run(*PUPPETS, "--stage", "1", "--steps", "8", "--lr-pose", "1e9", out=tmp_path)
     step = torch.optim.Adam.step
 
     def spoiled(self):
