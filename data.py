@@ -2314,7 +2314,7 @@ def is_solid(in_frames, in_masks, n_views, share):
     return agreed & often_seen
 
 
-def hull_agreement(masks, cam2world, intrinsics, frames, share=0.95, side=32):
+def hull_agreement(masks, cam2world, intrinsics, frames, share=0.95, side=24):
     """How well each mask agrees with the visual hull of all OTHER masks, as its camera sees it:
     (V,), intersection over union at side x side pixels.
 
@@ -2322,7 +2322,7 @@ def hull_agreement(masks, cam2world, intrinsics, frames, share=0.95, side=32):
     nothing is left.
     """
     low = np.full(3, -1.0)
-    points = cell_centres(low, -low, 48)
+    points = cell_centres(low, -low, 32)             # finer than pixels: no holes between them
     small = F.interpolate(masks[:, None].float(), size=(side, side), mode="area")[:, 0]
     views = [see_points(points, *view) for view in zip(small, cam2world, intrinsics, frames)]
     in_frames = sum(in_frame.float() for in_frame, _, _ in views)

@@ -732,7 +732,7 @@ def damage_input(path, rng):
 
 
 def inputs(folder, reference, rng):
-    """1,000 data folders in which one file is damaged: they load, or are refused by name in time."""
+    """1,000 data folders with one damaged file: they load, or are refused by name, in time."""
     sets = write_sets(folder / "sets")
     for i in range(1000):
         name = rng.choice(list(sets))
