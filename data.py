@@ -1805,7 +1805,7 @@ def photo_object(read, folder, reading):
             shots.remove(shot)
     if wrong.any() or capture is None:
         capture, agreement = into_cube(shots, up, folder, reading.size)
-    # Built-in chairs, whose legs are thin, have 0.83 and more with 12 views, lego and the head 0.93.
+    # Built-in chairs, whose legs are thin, have 0.83 or more with 12 views; lego and head, 0.93.
     if len(agreement) >= 10 and agreement.median() < 0.8:
         reading.remark(f"{folder}: what the masks have in common, seen again, covers them to "
                        f"{100 * agreement.median():.0f} % only: are cameras and masks right?")
