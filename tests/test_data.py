@@ -1653,18 +1653,18 @@ def test_photos_that_exif_turns_are_upright_where_cameras_are_of_stored_pixels(s
     rgba, poses, camera = shots
     lying = poses.copy()                                 # the camera on its side: its -x is up
     lying[:, :3, 0], lying[:, :3, 1] = -poses[:, :3, 1], poses[:, :3, 0]
-    stored = np.rot90(rgba, 1, (1, 2))
+    stored = np.rot90(rgba, 1, (1, 2))[:8]               # not all round: else no side is up
     fx, fy, cx, cy = camera
-    write_colmap_text(tmp_path, stored, lying, [fy, fx, cy, SIDE - cx])
+    write_colmap_text(tmp_path, stored, lying[:8], [fy, fx, cy, SIDE - cx])
     folder = tmp_path / "chair" / "obj7"
-    for i in range(12):
+    for i in range(8):
         (folder / "images" / f"{i:03d}.png").unlink()
         write_exif(folder / "images" / f"{i:03d}.jpg", stored[i, ..., :3].copy(), 6)
     text = (folder / "sparse" / "0" / "images.txt").read_text().replace(".png", ".jpg")
     (folder / "sparse" / "0" / "images.txt").write_text(text)
     dataset = data.load(tmp_path, 64)
-    s, R, _, residual = similarity(dataset, poses)
-    assert residual < 1e-3 and R[1, 1] > 0.99            # upright, though its pictures lie
+    s, R, _, residual = similarity(dataset, poses[:8])
+    assert residual < 1e-3 and R[1, 1] > 0.98            # upright, though its pictures lie
     write_transforms(tmp_path / "json", *shots)          # square: nobody tells
     write_exif(tmp_path / "json" / "images" / "000.jpg", rgba[0, ..., :3], 6)
     (tmp_path / "json" / "images" / "000.png").unlink()
@@ -1828,17 +1828,16 @@ def test_where_the_worlds_origin_is_makes_no_difference(shots, tmp_path):
 
 
 def test_what_is_beside_a_window_was_photographed_and_is_no_object():
-    mask = torch.full((2, 8, 8), 255, dtype=torch.uint8)
-    pose = orbit(torch.tensor([0.0, np.pi / 2]), 0.0, 9.0)
-    camera = torch.tensor([[9.0, 9, 0.5, 0.5]]).repeat(2, 1)             # sees a half side of 0.5
+    masks = torch.full((3, 8, 8), 255, dtype=torch.uint8)
+    poses = orbit(torch.tensor([0.0, np.pi / 2, np.pi]), 0.0, 9.0)       # front, right, back
+    camera = torch.tensor([[9.0, 9, 0.5, 0.5]]).repeat(3, 1)             # each sees half a unit
     low = np.full(3, -1.0)
-    whole = torch.tensor([0.0, 0, 1, 1]).expand(2, 4)
-    window = torch.tensor([-1.0, -1, 2, 2]).expand(2, 4)
-    both = data.hull(mask, pose, camera, whole, low, -low, 8)
-    inner = data.hull(mask, pose, camera, window, low, -low, 8)
-    assert torch.equal(both, inner)                      # seen by one of two is not over half
-    mask[1] = 0
-    assert not data.hull(mask, pose, camera, window, low, -low, 8).any()
+    whole = torch.tensor([0.0, 0, 1, 1]).expand(3, 4)
+    window = torch.tensor([-1.0, -1, 2, 2]).expand(3, 4)
+    seen_by_two = data.hull(masks, poses, camera, whole, low, -low, cells=8)
+    seen_by_all = data.hull(masks, poses, camera, window, low, -low, cells=8)
+    assert seen_by_two[3, 3].all()                       # from z = -1 to 1: the right is not asked
+    assert seen_by_all[3, 3].tolist() == [False, False, True, True, True, True, False, False]
 
 
 def test_large_photos_are_reduced_by_a_whole_number_and_only_what_is_masked_counts():
