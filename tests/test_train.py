@@ -689,6 +689,7 @@ def test_a_line_of_the_log_has_the_means_since_the_last_line(tmp_path):
     assert [float(row[3]) for row in rows] == pytest.approx([6.990, 20.0, 0.0], abs=1e-3)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_scores_go_with_the_stage_1_that_they_were_measured_on(copied):
     train.add_metrics(copied, train.Settings(), fd=1.0, text_colour=1.0)
     run("--stage", "1", "--steps", "6", out=copied, resume=True)
@@ -716,6 +717,7 @@ def test_black_pictures_score_as_their_error_says():
 # ---- Resuming ------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_resumed_run_has_the_bits_of_one_that_was_never_stopped(tmp_path, monkeypatch):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     for stage, key in ((1, "model"), (2, "ema")):
@@ -732,6 +734,7 @@ def test_resumed_run_has_the_bits_of_one_that_was_never_stopped(tmp_path, monkey
         assert log_rows(whole) == log_rows(halves) and len(log_rows(whole)) == 1 + 3 * stage
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_resuming_goes_on_in_the_middle_of_a_round_of_objects(tmp_path, monkeypatch):
     flags = "--stage", "1", "--steps", "8", "--n-objects", "6", "--objects-per-step", "2"
     run(*flags, "--save-every", "5", out=tmp_path / "whole")         # rounds have 3 steps
@@ -810,6 +813,7 @@ def test_resuming_brings_back_both_sources_of_random_numbers():
     assert before == (torch.rand(1, generator=state.generator), torch.rand(1))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_training_anew_keeps_the_earlier_checkpoint(copied):
     before = weights(copied, 1)["linear.weight"]
     run("--stage", "1", "--steps", "2", "--seed", "5", out=copied)
@@ -827,6 +831,7 @@ def test_checkpoints_from_before_a_flag_existed_had_its_default(tmp_path):
     assert sample.load_checkpoint(tmp_path, 1)["step"] == 4
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_stage_2_of_another_stage_1_is_refused(copied):
     run("--stage", "2", "--steps", "2", out=copied)
     run("--stage", "1", "--steps", "2", "--seed", "5", out=copied)
@@ -856,6 +861,7 @@ def test_stage_2_on_the_stage_1_of_another_run(stage1, tmp_path):
     assert "psnr_heldout" not in json.loads((tmp_path / "c" / "metrics.json").read_text())
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_stage_2_of_another_seed_is_compared_with_the_objects_it_learned_from(tmp_path):
     run("--stage", "1", "--steps", "2", "--seed", "3", out=tmp_path)
     run("--stage", "2", "--steps", "2", "--seed", "4", out=tmp_path)
@@ -1363,6 +1369,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monk
         run("--stage", "1", "--steps", "8", "--seed", "5", out=tmp_path)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path, monkeypatch):
     step, calls = torch.optim.Adam.step, iter(range(100))
 
@@ -1501,6 +1508,7 @@ def test_the_mean_of_2d_points_is_fixed_once_it_has_settled(tmp_path):
         assert weights(tmp_path, 1, "posenet")["batches"] == batches      # that went into the mean
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_moving_run_keeps_the_poses_of_its_first_clip_and_is_looked_at_from_ahead(tmp_path):
     run(*PUPPETS, "--stage", "1", "--steps", "2", out=tmp_path)
     trained = sample.open_run(tmp_path, stages=(1,))
@@ -1553,6 +1561,7 @@ def test_the_body_is_measured_from_what_is_nearly_always_covered():
     assert train.measure_body(dataset) == pytest.approx((0.3, 0.7, 0.3), abs=0.02)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_cameras_of_rigid_objects_can_be_learned_too(tmp_path):
     run("--cameras", "learned", "--arc", "60", "--size", "32", "--keypoints", "8", "--stage", "1",
         "--steps", "4", out=tmp_path)
@@ -1564,6 +1573,7 @@ def test_cameras_of_rigid_objects_can_be_learned_too(tmp_path):
 # ---- Text ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_words_from_captions_to_a_prompt(copied, capsys):
     run("--steps", "3", "--stage", "2", "--text", "--context-dim", "16", out=copied)
     assert {"chair", "table", "with"} <= set(sample.load_checkpoint(copied, 2)["vocabulary"])
