@@ -1935,18 +1935,22 @@ def reduce_photo(photo, camera, side):
 
 def shrink_masked(photo, factor):
     """Means of squares of pixels of a photo (H, W, 4); of colours, only those inside the mask."""
-    height, width = photo.shape[0] // factor, photo.shape[1] // factor
-    rgb = np.zeros((height, width, 3), np.float32)
-    weight = np.zeros((height, width, 1), np.float32)
+    small = np.zeros((photo.shape[0] // factor, photo.shape[1] // factor, 4), np.uint8)
+    masked = torch.from_numpy(photo[None, ..., 3]) > 0
+    left, right, top, bottom = mask_box(masked.byte())[0].int().tolist()
+    # All else stays 0: in numbers of squares, which may end with the photo before the mask does.
+    rows = slice(top // factor, min(-(-bottom // factor), small.shape[0]))
+    columns = slice(left // factor, min(-(-right // factor), small.shape[1]))
+    rgb, weight = 0, 0
     for y in range(factor):              # one pixel of every square at a time: little memory
         for x in range(factor):
-            one = photo[y:height * factor:factor, x:width * factor:factor]
+            one = photo[y::factor, x::factor][rows, columns]
             inside = one[..., 3:].astype(np.float32)
-            rgb += one[..., :3] * inside
-            weight += inside
-    rgb /= np.maximum(weight, 1)
-    alpha = weight / factor ** 2
-    return np.concatenate([rgb, alpha], -1).round().astype(np.uint8)
+            rgb = rgb + one[..., :3] * inside
+            weight = weight + inside
+    small[rows, columns, :3] = (rgb / np.maximum(weight, 1)).round()
+    small[rows, columns, 3:] = (weight / factor ** 2).round()
+    return small
 
 
 def leave_out_other_sizes(shots, reading):

@@ -93,7 +93,7 @@ MUTANTS = [
     ("data", "others = is_solid(in_frames - in_frame.float(),",
      "others = is_solid(in_frames,"),
     ("data", "wrong = agreement < 0.6 * agreement.median()", "wrong = agreement < 0"),
-    ("data", "rgb += one[..., :3] * inside", "rgb += one[..., :3] * 255.0"),
+    ("data", "rgb = rgb + one[..., :3] * inside", "rgb = rgb + one[..., :3] * 255.0"),
     ("data", "return photo, camera\n    return shrink_masked(photo, factor), camera / factor",
      "return photo, camera\n    return shrink_masked(photo, factor), camera"),
     ("data", "if height * width > reading.max_megapixels * 1e6:", "if height * width < 0:"),
