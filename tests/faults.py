@@ -1,6 +1,6 @@
 """A trained run and what can happen to it go in; a table comes out that says how often it was safe.
 
-    python tests/faults.py                   every row, 15 minutes or so on two cores; Linux only
+    python tests/faults.py                   every row, half an hour or so on two cores; Linux only
     python tests/faults.py kill9 values      these rows
 
 Each row does one kind of harm on purpose, many times over, and asks each time for what README
