@@ -1792,24 +1792,30 @@ def photo_object(read, folder, reading):
     check_enough(folder, shots, reading, already)
     look_at_cameras(folder, shots, reading)
     up = choose_up(folder, up, shots, reading)
+    capture, agreement = into_cube_together(shots, up, folder, reading)
+    # Built-in chairs, whose legs are thin, have 0.83 or more with 12 views; lego and head, 0.93.
+    if len(agreement) >= 10 and agreement.median() < 0.8:
+        reading.remark(f"{folder}: what the masks have in common, seen again, covers them to "
+                       f"{100 * agreement.median():.0f} % only: are cameras and masks right?")
+    return capture
+
+
+def into_cube_together(shots, up, folder, reading):
+    """into_cube of the shots that agree with each other; the rest is left out, in place."""
     capture = None
     try:
         capture, agreement = into_cube(shots, up, folder, reading.size)
     except BadInput:                     # a single view that was turned may leave nothing of a hull
         _, agreement = into_cube(shots, up, folder, reading.size, share=0.8)
     wrong = disagreeing(agreement)
+    if capture is not None and not wrong.any():
+        return capture, agreement
     for shot, is_wrong in zip(list(shots), wrong):
         if is_wrong:
             reading.leave_out("view", f"{shot.view.image}: its mask and camera disagree with those "
                               "of the other views")
             shots.remove(shot)
-    if wrong.any() or capture is None:
-        capture, agreement = into_cube(shots, up, folder, reading.size)
-    # Built-in chairs, whose legs are thin, have 0.83 or more with 12 views; lego and head, 0.93.
-    if len(agreement) >= 10 and agreement.median() < 0.8:
-        reading.remark(f"{folder}: what the masks have in common, seen again, covers them to "
-                       f"{100 * agreement.median():.0f} % only: are cameras and masks right?")
-    return capture
+    return into_cube(shots, up, folder, reading.size)
 
 
 def disagreeing(agreement):
@@ -2038,8 +2044,7 @@ def choose_up(folder, up, shots, reading):
         return seen if length > 1e-6 else np.array([0, 0, 1.0])
     along = nearest_axis(seen)
     if length > 0.5 and not np.array_equal(along, up):
-        names = dict(zip((0, 1, 2), "xyz"))
-        axis = names[int(np.abs(along).argmax())]
+        axis = "xyz"[np.abs(along).argmax()]
         sign = "-" if along.min() < 0 else ""
         reading.remark(f"{folder}: photos stand upright along {sign}{axis}, which is taken for up; "
                        "the layout has z")
