@@ -55,14 +55,14 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv3d(c_out, c_out, 3, padding=1, bias=False)
         self.norm1 = NORMS[norm](c_out)              # has a bias: the convolutions need none
         self.norm2 = NORMS[norm](c_out)
-        self.skip = nn.Identity() if c_in == c_out else Pointwise(c_in, c_out)
+        self.shortcut = nn.Identity() if c_in == c_out else Pointwise(c_in, c_out)
 
     def forward(self, x):
         # AMBIGUOUS: where the ReLUs stand. OURS: in front of the convolutions. One behind the sum
         # would leave no negative numbers, not even in the latent, which Fig. 9 shows bell-shaped.
         h = self.norm1(self.conv1(F.relu(x)))
         h = self.norm2(self.conv2(F.relu(h)))
-        shortcut = self.skip(x)                      # before it is enlarged: the same, but cheaper
+        shortcut = self.shortcut(x)                  # before it is enlarged: the same, but cheaper
         if self.upsample:
             shortcut = F.interpolate(shortcut, scale_factor=2, mode="nearest")
         return shortcut + h
@@ -97,17 +97,18 @@ class SelfAttention(nn.Module):
 
 
 # ---- The decoder G: object number k -> embedding e -> latent (G1) -> volume (G2) ----------------
-
-
 class AutoDecoder(nn.Module):
     """G(e) = G2(G1(e)), drawn on top of this file. Defaults: PAPER, for ShapeNet Chairs (Tab. 5).
 
-    embedding    a module: object numbers k (B,) int64 -> e (B, embed_dim)
-    embed_dim    length of e; PAPER: 64 costs more than any other change that was tried (Tab. 2)
-    channels     features of the first volume, whose side is start_side
-    latent_side  where G is cut into G1 and G2; any side from start_side to volume_side will do
-    depth        residual blocks of a level     attention  sides whose level ends with attention
-    out_channels 4: density and colour          raises ValueError where a side is not in `sides`
+    embedding     a module: object numbers k (B,) int64 -> e (B, embed_dim)
+    embed_dim     length of e; PAPER: 64 costs more than any other change that was tried (Tab. 2)
+    channels      features of the first volume, whose side is start_side
+    volume_side   of the last: start_side, doubled some times (ValueError if it is not)
+    latent_side   where G is cut into G1 and G2: one of the sides on the way (ValueError if not)
+    depth         residual blocks of a level
+    attention     sides whose level ends with self-attention
+    norm          "batch" (PAPER), a key of NORMS
+    out_channels  4: density and colour
     """
 
     def __init__(self, embedding, embed_dim=1024, channels=512, start_side=4, volume_side=64,
@@ -175,8 +176,9 @@ class AutoDecoder(nn.Module):
         """The last step of G2, same shape: density >= 0 per world unit, colours in [0, 1]."""
         # OURS: where the network says 0 there is thin fog, of optical thickness softplus(-3) = 0.05
         # a voxel. TRAP: dense fog hides all that lies behind it, and what is hidden cannot learn.
-        # A voxel is 2 / D world units wide: so one output makes voxels equally opaque at every D.
-        density = F.softplus((raw - 3)[:, :1]) * (self.volume_side / 2)
+        # Density is per world unit, and a voxel is 2 / D of them wide. Divided by that, the same
+        # raw number makes a voxel equally opaque at every D.
+        density = F.softplus(raw[:, :1] - 3) * (self.volume_side / 2)
         rgb = torch.sigmoid(raw[:, 1:])
         return torch.cat([density, rgb], dim=1).contiguous()         # in memory as in render.py
 
@@ -186,8 +188,6 @@ class AutoDecoder(nn.Module):
 
 
 # ---- Losses (Sec. 3.2, Eq. 1 and 2) -------------------------------------------------------------
-
-
 def pixels_and_gradients(image):
     """The f of Eq. 1: (B, 3, H, W) -> the picture itself, and its steps from pixel to pixel."""
     # OURS. Steps see edges: with pixels alone, a blurred edge is nearly as good as a sharp one.
@@ -212,7 +212,7 @@ def pyramid_loss(features, rendered, true, levels=3):
             distance = distance + (made - goal).abs().mean()
         loss = loss + distance
         if min(rendered.shape[-2:]) < 4:
-            break                                    # one pixel has no neighbours to differ from
+            break                                    # halved to one pixel, it would have no steps
         rendered = F.avg_pool2d(rendered, 2)         # a small picture shows coarse mistakes, such
         true = F.avg_pool2d(true, 2)                 # as a misplaced leg, as a whole
     return loss
@@ -248,8 +248,6 @@ def group_norm(channels):
 NORMS["group"] = group_norm                                          # the other value of `norm`
 
 # ---- Hash embedding (App. B.3, Eq. 9 to 11) -----------------------------------------------------
-
-
 class HashEmbedding(nn.Module):
     """An embedding put together from pieces of shared codebooks, for very many objects.
 
@@ -674,8 +672,6 @@ def solve_pnp(points3d, points2d, steps=8, floor=3e-4, scale_floor=5e-3):
 
 
 # ---- Learned poses (Sec. 3.2, App. B.1): a frame -> where each part is --------------------------
-
-
 def convolution(c_in, c_out, stride=1):
     """3x3, group norm, ReLU. (n, c_in, H, W) -> (n, c_out, H / stride, W / stride)."""
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1), group_norm(c_out), nn.ReLU())
@@ -881,8 +877,6 @@ def equivariance_loss(points2d, frames, u, generator):
 
 
 # ---- The decoder of what moves (Sec. 3.2, App. B.1) ---------------------------------------------
-
-
 def skinned_channels(parts):
     """Channels of a volume of P parts: density, colours, and skinning where there are several."""
     if parts > 1:
@@ -952,7 +946,7 @@ def faded(level, x, share):
     """
     if share == 1:
         return level(x)
-    coarse = F.interpolate(level[0].skip(x), scale_factor=2, mode="trilinear")
+    coarse = F.interpolate(level[0].shortcut(x), scale_factor=2, mode="trilinear")
     if share == 0:
         return coarse
     return torch.lerp(coarse, level(x), share)
@@ -1016,8 +1010,6 @@ def usage_loss(volume):
 
 
 # ---- The decoder of all settings ----------------------------------------------------------------
-
-
 def build_decoder(settings, n_objects):
     """The decoder that settings describe: rigid or moving, with a table or a hash embedding."""
     embedding = None                                                 # a table

@@ -17,8 +17,6 @@ import torch.nn.functional as F
 from render import orbit, pixel_directions
 
 # ---- What every source becomes -------------------------------------------------------------------
-
-
 @dataclass
 class Frames:
     """A dataset: pictures of N objects, each object inside [-1, 1]^3 with y up."""
@@ -52,7 +50,6 @@ class Frames:
 
 
 # ---- Boxes, and what rays see of them ------------------------------------------------------------
-
 LIGHT = torch.tensor([0.48, 0.72, 0.50])                 # unit length, from the object to the light
 AMBIENT = 0.65                                           # OURS: light that comes from everywhere
 
@@ -64,13 +61,29 @@ class Box:
     half: torch.Tensor           # (3,) half its width, height, depth
     colour: tuple                # rgb in [0, 1]
     rotation: torch.Tensor       # (3, 3)
-    sides: torch.Tensor = torch.eye(3)   # (3, 3): of a box, x^2 = 1, y^2 = 1 or z^2 = 1 on a side
 
-    def cross(self, o, d):
-        """Where rays o + t d, in unit coordinates, enter and leave x^2, y^2, z^2 <= 1: t (R, 3)."""
-        middle = -o * (1 / d)                            # -1 <= o + t d <= 1: t = -o / d -+ 1 / |d|
-        reach = (1 / d).abs()
-        return middle - reach, middle + reach
+    def to_unit(self, points):
+        """World points (K, 3) in unit coordinates: R^T (x - centre) / half, for x in rows."""
+        return (points - self.centre) @ self.rotation / self.half
+
+    def hit(self, o, d):
+        """t (R,) at which rays o + t d, (R, 3) each, enter; inf: they miss. Any length of d."""
+        # In unit coordinates the box is the cube, and a ray is still straight, with the same t. It
+        # is between x = -1 and 1 from t = -o / d - 1 / |d| to -o / d + 1 / |d|; so with y and z.
+        o, d = self.to_unit(o), d @ self.rotation / self.half
+        step = 1 / torch.where(d == 0, 1e-9, d)          # parallel to a side: never divide by 0
+        enters = -o * step - step.abs()                  # (R, 3)
+        leaves = -o * step + step.abs()
+        last_entry, first_exit = enters.amax(1), leaves.amin(1)
+        is_hit = (last_entry < first_exit) & (last_entry > 0)        # > 0: in front of the camera
+        return torch.where(is_hit, last_entry, torch.inf)
+
+    def normal_at(self, points):
+        """Outward normals (K, 3) at surface points (K, 3): of the side that a point is on."""
+        unit = self.to_unit(points)
+        axis = unit.abs().argmax(1)                      # of x, y and z the one that is 1 or -1
+        normal = F.one_hot(axis, 3) * unit.sign()
+        return normal @ self.rotation.T
 
 
 def box(centre, half, colour, tilt=0.0):
@@ -88,52 +101,25 @@ def corners(part):
     return part.centre + (units * part.half) @ part.rotation.T
 
 
-def to_unit(part, points):
-    """World points (K, 3) in a box's unit coordinates: R^T (x - centre) / half, for x in rows."""
-    return (points - part.centre) @ part.rotation / part.half
-
-
-def hit(part, o, d):
-    """Distance t (R,) at which rays o + t d, (R, 3) each, enter a box; inf: they miss it.
-
-    In unit coordinates a ray is still a straight line with the same t. It is inside the box from
-    its last entry between opposite sides to its first exit, if they come in this order.
-    """
-    o, d = to_unit(part, o), d @ part.rotation / part.half
-    d = torch.where(d == 0, 1e-9, d)                     # parallel to a side: never divide by 0
-    enter, leave = part.cross(o, d)
-    last_entry, first_exit = enter.amax(1), leave.amin(1)
-    is_hit = (last_entry < first_exit) & (last_entry > 0)            # > 0: in front of the camera
-    return torch.where(is_hit, last_entry, torch.inf)
-
-
-def normal_at(part, points):
-    """Outward normals (K, 3) at surface points (K, 3): of the side that a point is nearest to."""
-    unit = to_unit(part, points)
-    nearest = (unit ** 2 @ part.sides.T).argmax(1)       # (K,) the side whose square is 1
-    gradient = unit * part.sides[nearest] / part.half    # of half that square: normal to the side
-    return F.normalize(gradient @ part.rotation.T, dim=1)
-
-
 def raytrace(parts, cam2world, intrinsics, size, supersample=3):
     """Pictures (V, size, size, 4) in [0, 1]: colour x mask, and the mask. Their edges are soft:
     a pixel is the mean of supersample^2 rays."""
     n = size * supersample
     in_camera = pixel_directions(intrinsics, n)                      # (V, n, n, 3)
-    in_world = cam2world[:, None, None, :3, :3] * in_camera[..., None, :]
-    d = in_world.sum(-1).reshape(-1, 3)                              # (R, 3)
+    in_world = cam2world[:, None, None, :3, :3] * in_camera[..., None, :]      # R times each vector
+    d = in_world.sum(-1).reshape(-1, 3)                              # (R, 3), of any length
     o = cam2world[:, :3, 3].repeat_interleave(n * n, 0)              # (R, 3)
     nearest = torch.full((len(d),), torch.inf)                       # t of what rays see so far
     rgb = torch.zeros(len(d), 3)
     for part in parts:
-        t = hit(part, o, d)
+        t = part.hit(o, d)
         seen = t < nearest
         nearest[seen] = t[seen]
         # Lambert: as bright as the cosine between normal and light. No highlights: a point has one
         # colour, from wherever it is seen, as in the paper's volumes.
-        normal = normal_at(part, o[seen] + t[seen, None] * d[seen])
+        normal = part.normal_at(o[seen] + t[seen, None] * d[seen])
         cosine = (normal * LIGHT).sum(1)                 # negative where the light does not reach
-        shade = AMBIENT + (1 - AMBIENT) * cosine         # 0.3 to 1, not clamped: no side is flat
+        shade = AMBIENT + (1 - AMBIENT) * cosine         # not clamped: sides in the dark differ
         rgb[seen] = shade[:, None] * torch.tensor(part.colour).float()
     rgba = torch.cat([rgb, nearest.isfinite()[:, None]], 1)
     return rgba.reshape(-1, size, supersample, size, supersample, 4).mean((2, 4))
@@ -172,7 +158,7 @@ def make_chair(rng, add_legs=four_legs):
     parts = [box((0, y, 0), (x, thick, z), main)]
     parts += add_legs(rng, x, z, y - thick, second)
     lean = -rng.uniform(0, .15)                          # radians: the back's top leans backwards
-    # Of the back, pieces: how far sideways and up from the seat, and half width, height, depth.
+    # The back's pieces: how far sideways, how far above the seat, half width, height and depth.
     pieces = [(0, height / 2, (x, height / 2, .06))]     # one plate
     if rng.random() < .4:                                # instead, three or four slats and a rail
         pieces = [(place * (x - .055), height / 2, (.055, height / 2, .055))
@@ -256,12 +242,11 @@ from types import SimpleNamespace  # noqa: E402
 
 import imageio.v3 as iio  # noqa: E402
 import imageio_ffmpeg  # noqa: E402
+import PIL.Image  # noqa: E402
 
 from render import project  # noqa: E402
 
 # ---- A stranger's input --------------------------------------------------------------------------
-
-
 class BadInput(Exception):
     """What a stranger gave us is wrong: one line saying what, where, and what to do."""
 
@@ -448,8 +433,6 @@ def stopped(number):
 
 
 # ---- What every source delivers, and what it becomes ---------------------------------------------
-
-
 @dataclass
 class Dataset(Frames):
     """What `load` returns: frames, and what is known besides."""
@@ -501,7 +484,10 @@ class Reading:
     def shortened(self, text):
         """The text on one line, with names that begin below the source's folder."""
         text = " ".join(text.split())
-        return text.replace(f"{self.root}{os.sep}", "").replace(f"{self.root}: ", "")
+        if not self.root:
+            return text
+        root = re.escape(self.root)                      # behind a letter it is another folder
+        return re.sub(rf"(?<!\w){root}({re.escape(os.sep)}|: )", "", text)
 
     @contextlib.contextmanager
     def trying(self, kind, name):
@@ -591,23 +577,33 @@ STANDING = torch.tensor([[1.0, 0, 1], [0, 1, 0]])        # the sides of an uprig
 ROUND = torch.ones(1, 3)                                 # the one side of an ellipsoid
 
 
+@dataclass
 class Round(Box):
     """A cylinder or an ellipsoid, which fills the box of the same measures.
 
     Each of its sides bounds a sum of squares by 1: that of an ellipsoid x^2 + y^2 + z^2 <= 1; an
     upright cylinder has two, x^2 + z^2 <= 1 round it and y^2 <= 1 at its ends.
     """
+    sides: torch.Tensor          # (sides, 3): which squares each side adds up, STANDING or ROUND
 
-    def cross(self, o, d):
-        """Where rays o + t d, in unit coordinates, enter and leave each side: t (R, sides)."""
+    def hit(self, o, d):
+        o, d = self.to_unit(o), d @ self.rotation / self.half
+        d = torch.where(d == 0, 1e-9, d)                 # parallel to a side: never divide by 0
         crossings = [cross_side(side, o, d) for side in self.sides]
-        enter = torch.stack([enter for enter, _ in crossings], 1)
-        leave = torch.stack([leave for _, leave in crossings], 1)
-        return enter, leave
+        last_entry = torch.stack([enter for enter, _ in crossings], 1).amax(1)
+        first_exit = torch.stack([leave for _, leave in crossings], 1).amin(1)
+        is_hit = (last_entry < first_exit) & (last_entry > 0)        # > 0: in front of the camera
+        return torch.where(is_hit, last_entry, torch.inf)
+
+    def normal_at(self, points):
+        unit = self.to_unit(points)
+        nearest = (unit ** 2 @ self.sides.T).argmax(1)   # (K,) the side whose sum is 1
+        gradient = unit * self.sides[nearest] / self.half            # of half that sum
+        return F.normalize(gradient @ self.rotation.T, dim=1)
 
 
 def cross_side(side, o, d):
-    """The same for one side (3,), which marks the squares that it adds up: (R,) each."""
+    """Where rays o + t d, in unit coordinates, enter and leave one side (3,): t (R,) each."""
     counted = side > 0
     o, d = o[:, counted], d[:, counted]
     if counted.sum() == 1:                               # as between two sides of a box
@@ -644,16 +640,7 @@ def ball(centre, half, colour):
     return rounded(box(centre, half, colour), ROUND)
 
 
-def inside(part, points):
-    """Which of the points (K, 3) are inside a primitive or on it: (K,) bool, for tests/."""
-    unit = to_unit(part, points)
-    sums = unit ** 2 @ part.sides.T                                  # (K, sides)
-    return (sums <= 1).all(1)
-
-
 # ---- Pictures: faster, and of what moves ---------------------------------------------------------
-
-
 class Canvas:
     """The pictures that V cameras take, while they are drawn: n x n rays each, R rays in all."""
 
@@ -679,10 +666,10 @@ class Canvas:
         o = cam2world[view, :3, 3]                                   # (rays, 3)
         d = cam2world[view, :3, :3] * self.directions[rays, None]
         d = d.sum(-1)                                                # (rays, 3) in the world
-        t = hit(part, o, d)
+        t = part.hit(o, d)
         seen = t < self.nearest[rays]
         rays, view, o, d, t = rays[seen], view[seen], o[seen], d[seen], t[seen]
-        normal = normal_at(part, o + t[:, None] * d)
+        normal = part.normal_at(o + t[:, None] * d)
         cosine = (normal * light[view]).sum(1)
         shade = ambient + (1 - ambient) * cosine
         self.rgb[rays] = shade[:, None] * torch.tensor(part.colour).float()
@@ -707,7 +694,6 @@ def draw_still(parts, cam2world, intrinsics, size, supersample=3):
 
 
 # ---- Made-up objects: other chairs, tables, vehicles; an arc of cameras --------------------------
-
 BLACK = (.07, .07, .08)
 GLASS = (.50, .68, .78)
 
@@ -884,7 +870,6 @@ def synthetic_object(k, seed, n_views, size, arc=0.0):
 
 PARTS = ("head", "torso", "left arm", "right arm", "left leg", "right leg")
 TORSO, LEFT_ARM, RIGHT_ARM = 1, 2, 3
-LEFT_LEG, RIGHT_LEG = 4, 5
 
 HAIR = dict(black=(.10, .09, .09), brown=(.36, .21, .11), blond=(.90, .75, .40),
             ginger=(.75, .33, .10), grey=(.62, .62, .64))
@@ -1139,7 +1124,7 @@ def puppet_object(k, seed, n_views, size, shared_colours=True):
 # A stranger's folder holds more than its layout says: what systems leave behind, links that lead
 # nowhere, pictures of 60,000 pixels. Whatever is opened goes through these functions.
 PHOTOS = (".png", ".jpg", ".jpeg")
-VIDEOS = (".mp4", ".gif", ".webm", ".avi", ".mov")
+VIDEOS = (".mp4", ".gif", ".webm", ".avi", ".mov", ".mkv", ".m4v")
 
 
 def listing(folder):
@@ -1165,15 +1150,6 @@ def photos_in(folder):
     return files_in(folder / "images", PHOTOS) or files_in(folder, PHOTOS)
 
 
-def find_first(folder, names):
-    """The first of these files that is in the folder, or None."""
-    for name in names:
-        path = folder / name
-        if path.is_file():
-            return path
-    return None
-
-
 def check_file(path):
     """BadInput where there is no file of this name."""
     if not path.is_file():
@@ -1187,7 +1163,7 @@ def read_text(path, most=2 ** 26):
     if size > most:
         raise BadInput(f"{path}: {size / 2**20:.0f} MiB of text; no such file has over "
                        f"{most / 2**20:.0f}")
-    return path.read_text(encoding="utf-8", errors="replace")
+    return path.read_text(encoding="utf-8-sig", errors="replace")    # sig: some begin with a mark
 
 
 def read_json(path):
@@ -1214,23 +1190,21 @@ def read_array(path, columns):
         raise BadInput(f"{path}: expected rows of {columns} numbers ({error})") from None
 
 
-def picture_shape(path, reading, longest=4):
-    """Height and width of a picture, which its first bytes tell.
+PIL.Image.MAX_IMAGE_PIXELS = None        # pillow's own limit: here check_shape has one
 
-    BadInput where there is no picture, where it has over reading.max_megapixels, or where a side is
-    over `longest` times the other: such a strip, made square, would fill the memory.
-    """
+
+def picture_shape(path):
+    """Height and width of a picture, which its first bytes tell."""
     check_file(path)
     try:
-        height, width = iio.improps(path, index=0, plugin="pillow").shape[:2]
+        return iio.improps(path, index=0, plugin="pillow").shape[:2]
     except Exception as error:           # decoders raise anything from SyntaxError to OSError
         raise BadInput(f"{path}: truncated, or not a picture ({error})") from None
-    check_shape(path, height, width, reading, longest)
-    return height, width
 
 
 def check_shape(path, height, width, reading, longest=4):
-    """BadInput where a picture, or a film's frame, is too large or too long."""
+    """BadInput where a picture, or a film's frame, has over reading.max_megapixels, or where a side
+    is over `longest` times the other: such a strip, made square, would fill the memory."""
     if height * width > reading.max_megapixels * 1e6:
         raise BadInput(f"{path}: {width}x{height} pixels; over {reading.max_megapixels:g} million "
                        "are read with a higher --max-megapixels only")
@@ -1244,7 +1218,8 @@ def read_image(path, reading, upright=False, longest=4):
     upright  turned as its EXIF orientation says; else pixels as they are stored
     SIMPLIFIED: 16-bit grey is clipped.
     """
-    picture_shape(path, reading, longest)
+    height, width = picture_shape(path)
+    check_shape(path, height, width, reading, longest)
     try:
         return iio.imread(path, index=0, mode="RGBA", rotate=upright, plugin="pillow")
     except Exception as error:           # as above
@@ -1274,7 +1249,7 @@ FLIP = np.diag([1.0, -1, -1, 1])
 
 @dataclass(eq=False)
 class View:
-    """One photo with its camera, as its layout tells; read_view refuses what cannot be."""
+    """One photo with its camera, as its layout tells; read_shot refuses what cannot be."""
     image: Path
     pose: np.ndarray                 # (4, 4) cam2world, our camera axes, the layout's own world
     camera: tuple                    # fx, fy, cx, cy in pixels of ...
@@ -1284,6 +1259,7 @@ class View:
     white_background: bool = False   # what is white is not the object
     stored: bool = False             # whether the camera is of the pixels as stored, for certain:
                                      # COLMAP does not turn photos as their EXIF says
+    size_is_told: bool = True        # whether camera_size is the layout's, not the file's own
 
 
 def check_pose(image, pose):
@@ -1297,6 +1273,8 @@ def check_pose(image, pose):
     mirrored = np.linalg.det(R) < 0
     if error > 0.02 or mirrored:         # OURS: files with few digits are forgiven
         raise BadInput(f"{image}: the 3x3 part of its pose is not a rotation")
+    if np.abs(pose[3] - [0, 0, 0, 1]).max() > 1e-6:
+        raise BadInput(f"{image}: the last row of its pose is not 0 0 0 1; is it transposed?")
 
 
 def check_camera(image, camera, camera_size, lens):
@@ -1316,6 +1294,23 @@ def to_4x4(matrix):
 
 
 # ---- Photos: where files and masks are -----------------------------------------------------------
+def any_spelling(path):
+    """The picture of this name, or None: a.jpg, or else a.jpg.png and so on, or else a.png and so
+    on; suffixes in small letters or capitals."""
+    if path.is_file():
+        return path
+    without_suffix = path
+    if path.suffix.lower() in PHOTOS:
+        without_suffix = path.with_suffix("")
+    for name in (path, without_suffix):
+        for suffix in PHOTOS:
+            for spelling in (suffix, suffix.upper()):
+                picture = Path(f"{name}{spelling}")
+                if picture.is_file():
+                    return picture
+    return None
+
+
 # Where a listed photo may lie, tried in this order: {listed} is its name in the layout's file.
 PHOTO_PLACES = ["{listed}", "images/{listed}", "images/{name}", "{name}"]
 
@@ -1323,34 +1318,27 @@ PHOTO_PLACES = ["{listed}", "images/{listed}", "images/{name}", "{name}"]
 def find_photo(folder, listed):
     """A photo of a layout's list, which may lack its suffix, or have Windows' separators. Where
     there is none, the path where it was looked for first."""
-    listed = str(listed).replace("\\", "/")
+    listed = with_slashes(listed)
     name = listed.split("/")[-1]
     for place in PHOTO_PLACES:
-        path = folder / place.format(listed=listed, name=name)
-        if path.is_file():
-            return path
-        for suffix in PHOTOS:
-            for spelling in (suffix, suffix.upper()):
-                photo = Path(f"{path}{spelling}")
-                if photo.is_file():
-                    return photo
+        photo = any_spelling(folder / place.format(listed=listed, name=name))
+        if photo is not None:
+            return photo
     if "." not in name:
         listed += ".png"
     return folder / listed
 
 
-# Where the mask of a photo may lie, tried in this order; on the right for scene/images_8/a.jpg.
-# {twin} is the photos' folder with "mask" for "image"; {stem} and {suffix} are a and .jpg.
+def with_slashes(listed):
+    """A path of a layout's list, which Windows may have written."""
+    return str(listed).replace("\\", "/")
+
+
+# Where the mask of a photo may lie, in any_spelling, tried in this order; for scene/images_8/a.jpg:
 MASK_PLACES = [
-    "{twin}/{stem}{suffix}",         # scene/masks_8/a.jpg
-    "{twin}/{stem}.png",             # scene/masks_8/a.png
-    "{twin}/{stem}{suffix}.png",     # scene/masks_8/a.jpg.png, as COLMAP has it
-    "masks/{stem}{suffix}",          # scene/masks/a.jpg
-    "masks/{stem}.png",
-    "masks/{stem}{suffix}.png",
-    "mask/{stem}{suffix}",           # scene/mask/a.jpg
-    "mask/{stem}.png",
-    "mask/{stem}{suffix}.png",
+    "{twin}/{photo}",                # scene/masks_8/a.jpg: "mask" for "image"
+    "masks/{photo}",                 # scene/masks/a.jpg
+    "mask/{photo}",                  # scene/mask/a.jpg
 ]
 
 
@@ -1362,12 +1350,15 @@ def find_mask(image):
     for folder in (image.parent, image.parent.parent):   # of the photos
         scene = folder.parent
         twin = folder.name.replace("image", "mask")
-        stem = image.relative_to(folder).with_suffix("").as_posix()
+        photo = image.relative_to(folder).as_posix()
         for place in MASK_PLACES:
-            path = scene / place.format(twin=twin, stem=stem, suffix=image.suffix)
+            path = scene / place.format(twin=twin, photo=photo)
             # Without "image" in its name the twin is the folder itself: those are photos.
-            if folder not in path.parents and path.is_file():
-                return path
+            if folder in path.parents:
+                continue
+            mask = any_spelling(path)
+            if mask is not None:
+                return mask
     return None
 
 
@@ -1403,14 +1394,15 @@ def read_masked(path, reading, mask=None, upright=False):
 # From here on, one reader a layout: read_...(folder, reading) -> views, up.
 #   up        (3,) the direction in the layout's world that is up; None: the layout leaves it open
 # A view that cannot be read is left out by reading.trying; the others go on.
-TRANSFORMS = "transforms.json", "transforms_train.json"
 # Lenses that `undistort` knows, as camera_model; the pinhole is one without terms.
 STRAIGHTENED = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "PERSPECTIVE", "SIMPLE_RADIAL", "RADIAL")
 
 
 def read_transforms(folder, reading):
     """NeRF and its heirs: one json; cam2world in our own camera axes; the world's z is up."""
-    path = find_first(folder, TRANSFORMS)
+    path = folder / "transforms.json"
+    if not path.is_file():
+        path = folder / "transforms_train.json"
     for other in files_in(folder, (".json",)):
         if other.name.startswith("transforms") and other != path:
             reading.remark(f"{other}: not read, as {path.name} is there")
@@ -1431,14 +1423,14 @@ def transforms_view(entry, folder, path, reading):
     if "w" in entry and "h" in entry:
         width, height = float(entry["w"]), float(entry["h"])
     else:
-        height, width = picture_shape(image, reading)
+        height, width = picture_shape(image)             # as it is stored
     camera = transforms_camera(entry, path, width, height)
     lens = transforms_lens(entry, path)
     mask = None
     if "mask_path" in entry:
-        mask = find_photo(folder, entry["mask_path"])
+        mask = folder / with_slashes(entry["mask_path"])
     pose = np.array(entry["transform_matrix"], float)
-    return View(image, pose, camera, (width, height), lens, mask)
+    return View(image, pose, camera, (width, height), lens, mask, size_is_told="w" in entry)
 
 
 def transforms_camera(entry, path, width, height):
@@ -1529,8 +1521,7 @@ def llff_photos(folder, reading):
     for copy in listing(folder):
         photos = photos_in(copy)
         if copy.name.startswith("images") and photos:
-            side = min(picture_shape(photos[0], reading))
-            copies.append((side, photos))
+            copies.append((shorter_side(photos), photos))
     if not copies:
         raise BadInput(f"{folder}: poses_bounds.npy, but no photos in images or images_8")
     copies.sort()
@@ -1541,12 +1532,21 @@ def llff_photos(folder, reading):
     return largest
 
 
+def shorter_side(photos):
+    """That of the first photo that is one; 0 if none is."""
+    for photo in photos:
+        try:
+            return min(picture_shape(photo))
+        except BadInput:                 # it is left out where it is read
+            continue
+    return 0
+
+
 # ---- Photos: COLMAP ------------------------------------------------------------------------------
 #
 # COLMAP, as MVImgNet ships it, writes a sparse model as two files, in text or binary:
 #   cameras   number -> model, width, height, parameters
 #   images    name, rotation (a quaternion), translation, number of the camera
-SPARSE = "images.bin", "images.txt"
 
 # COLMAP's camera models, in the order of its numbers, and how many parameters each has: the binary
 # file must be read past all of them, but only those of `colmap_camera` can be used.
@@ -1655,7 +1655,8 @@ def text_images(path):
     images = []
     for line in colmap_lines(path):
         fields = line.split()
-        if len(fields) < 10 or is_number(fields[9]):
+        # A line of points ends with a point's number, one of a photo with its name.
+        if len(fields) < 10 or fields[-1].lstrip("-").isdecimal():
             continue
         quaternion = [float(field) for field in fields[1:5]]
         translation = [float(field) for field in fields[5:8]]
@@ -1663,15 +1664,6 @@ def text_images(path):
         name = " ".join(fields[9:])      # a name may hold spaces
         images.append((name, quaternion, translation, camera_number))
     return images
-
-
-def is_number(text):
-    """Whether a text reads as a number."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def colmap_lines(path):
@@ -1704,6 +1696,9 @@ def binary_cameras(path, most):
     with open(path, "rb") as file:
         for _ in range(take_count(file, path, most)):
             number, model, width, height = take(file, "IiQQ")
+            if not 0 <= model < len(COLMAP_MODELS):
+                raise BadInput(f"{path}: camera model {model} is not known; run COLMAP's "
+                               "image_undistorter, which makes PINHOLE cameras")
             name, n_parameters = COLMAP_MODELS[model]
             parameters = take(file, f"{n_parameters}d")
             cameras[number] = name, width, height, parameters
@@ -1735,7 +1730,7 @@ def take_name(file):
         if len(name) > 1000:
             raise ValueError("a name without an end")
         (byte,) = take(file, "s")
-    return name.decode()
+    return os.fsdecode(name)
 
 
 # ---- Photos: Objaverse renders -------------------------------------------------------------------
@@ -1744,7 +1739,7 @@ def read_objaverse(folder, reading):
     views = []
     f = 35 / 32                          # a lens of 35 mm before a sensor of 32: the width is 1
     for path in files_in(folder, (".npy",)):
-        if len(path.stem) != 3:
+        if len(path.stem) != 3 or not path.stem.isdecimal():
             continue
         with reading.trying("view", str(path)):
             matrix = read_array(path, 4)
@@ -1830,14 +1825,14 @@ def disagreeing(agreement):
     return wrong
 
 
-def check_enough(folder, shots, reading, already):
+def check_enough(folder, views, reading, already):
     """BadInput if under three views are left, with the first reason; `already`: how many losses
     were known before this object."""
-    if len(shots) >= 3:
+    if len(views) >= 3:
         return
     reasons = [reason for _, _, reason in reading.losses[already:]]
     why = f" ({reasons[0]})" if reasons else ""
-    raise BadInput(f"{folder}: {len(shots)} usable views; a shape needs at least 3{why}")
+    raise BadInput(f"{folder}: {len(views)} usable views; a shape needs at least 3{why}")
 
 
 def read_shots(listed, reading):
@@ -1857,20 +1852,23 @@ def read_shot(view, reading):
     """One view with its photo; BadInput where its camera, mask or size cannot be right."""
     check_pose(view.image, view.pose)
     check_camera(view.image, view.camera, view.camera_size, view.lens)
-    shape = picture_shape(view.image, reading)
+    shape = picture_shape(view.image)
     turned = orientation(view.image)
     upright = turned != 1 and is_upright(view, shape, turned)
     photo = read_masked(view.image, reading, view.mask, upright)
     if not has_mask(photo):
         if not view.white_background:
-            raise BadInput(f"{view.image}: no mask")
+            raise BadInput(f"{view.image}: no mask, or one that is white everywhere")
         photo[..., 3] = 255 * not_white(photo)
-    check_mask(view, photo)
     camera = camera_in_pixels(view, photo)
-    photo, camera = reduce_photo(photo, camera, 8 * reading.size)
+    photo, factor = reduce(photo, 8 * reading.size)      # 24 photos of a phone would fill 1 GiB
+    camera = camera / factor
+    photo = undistort(photo, camera, view.lens)
+    if photo[..., 3].max() <= 127:       # no ray through it could be explained
+        raise BadInput(f"{view.image}: its mask is empty; is it 0 and 1, not 0 and 255?")
     x, y = (0, 1) if upright else EXIF_UP[turned]
     up = view.pose[:3, :3] @ np.array([x, y, 0.0])
-    return Shot(view, undistort(photo, camera, view.lens), camera, up)
+    return Shot(view, photo, camera, up)
 
 
 # Which way is up in a photo as it is stored, in its camera's x and y, by its EXIF orientation.
@@ -1889,7 +1887,7 @@ def is_upright(view, shape, turned):
     height, width = shape
     as_stored = fits(view.camera_size, (width, height))
     as_seen = turned in (6, 8) and fits(view.camera_size, (height, width))
-    if as_stored == as_seen or turned == 3:
+    if as_stored == as_seen or turned == 3 or not view.size_is_told:
         raise BadInput(f"{view.image}: its EXIF orientation, {turned}, turns it, and whether its "
                        "camera is of the turned photo nobody tells; turn its pixels for good "
                        "(mogrify -auto-orient) and find cameras anew")
@@ -1912,12 +1910,6 @@ def not_white(photo):
     return np.minimum(np.minimum(red, green), blue) < 250
 
 
-def check_mask(view, photo):
-    """BadInput where a mask is empty: no ray through it could be explained."""
-    if photo[..., 3].max() <= 127:
-        raise BadInput(f"{view.image}: its mask is empty")
-
-
 def camera_in_pixels(view, photo):
     """fx, fy, cx, cy (4,) in pixels of the file, which may be a smaller copy of the original."""
     height, width = photo.shape[:2]
@@ -1930,16 +1922,16 @@ def camera_in_pixels(view, photo):
     return np.array(view.camera, float) * [scale_x, scale_y, scale_x, scale_y]
 
 
-def reduce_photo(photo, camera, side):
-    """A large photo (H, W, 4) and its camera in pixels, both divided by one whole number, so that
-    the shorter side is still at least `side`: 24 photos of a phone would fill a gigabyte."""
+def reduce(photo, side):
+    """A large photo or frame (H, W, 4), divided by a whole number, so that its shorter side is
+    still at least `side`; and this number."""
     factor = max(1, min(photo.shape[:2]) // side)
-    if factor == 1:
-        return photo, camera
-    return shrink_masked(photo, factor), camera / factor
+    if factor > 1:
+        photo = means_of_squares(photo, factor)
+    return photo, factor
 
 
-def shrink_masked(photo, factor):
+def means_of_squares(photo, factor):
     """Means of squares of pixels of a photo (H, W, 4); of colours, only those inside the mask."""
     small = np.zeros((photo.shape[0] // factor, photo.shape[1] // factor, 4), np.uint8)
     masked = torch.from_numpy(photo[None, ..., 3]) > 0
@@ -2042,8 +2034,9 @@ def choose_up(folder, up, shots, reading):
         reading.remark(f"{folder}: {n_over} photos are upside down among the others")
     if up is None:
         return seen if length > 1e-6 else np.array([0, 0, 1.0])
-    along = nearest_axis(seen)
-    if length > 0.5 and not np.array_equal(along, up):
+    # Cameras look down, all from one side perhaps: up to 70 degrees their up is up by 0.3.
+    if length > 0.5 and seen @ up < 0.3 * length:
+        along = nearest_axis(seen)
         axis = "xyz"[np.abs(along).argmax()]
         sign = "-" if along.min() < 0 else ""
         reading.remark(f"{folder}: photos stand upright along {sign}{axis}, which is taken for up; "
@@ -2462,6 +2455,7 @@ def read_coil_photos(files, reading):
 
     What is damaged, of another size than most, or black is left out; BadInput under three.
     """
+    already = len(reading.losses)
     photos = {}
     for angle in sorted(files):                                      # as numbers: 5 before 10
         with reading.trying("view", str(files[angle])):
@@ -2480,9 +2474,7 @@ def read_coil_photos(files, reading):
             if not mask.any():
                 reading.leave_out("view", f"{files[angle]}: black: its mask is empty")
                 del photos[angle]
-    if len(photos) < 3:
-        raise BadInput(f"{next(iter(files.values()))} ...: {len(photos)} usable views; a shape "
-                       f"needs at least 3 ({'; '.join(reading.skipped()) or 'no more are there'})")
+    check_enough(f"{next(iter(files.values()))} ...", photos, reading, already)
     degrees = np.array(list(photos))
     gap = np.diff(degrees, append=degrees[0] + 360).max()
     if gap > 45:
@@ -2535,12 +2527,14 @@ def find_clips(folder, root, reading, depth=3):
     paths = videos
     if reading.as_clips:
         pictures = strips_or_frames(folder, reading)
-        if videos and pictures == [folder]:              # its stills, not frames
+        if videos and pictures == [folder]:
+            reading.leave_out("picture", f"{folder}: pictures beside a video are no frames",
+                              len(photos_in(folder)))
             pictures = []
         paths = sorted(videos + pictures)
     found = []
     for path in paths:
-        name = path.relative_to(root).as_posix() if path != root else root.name
+        name = name_below(root, path)
         if path.is_file():
             name = name[:-len(path.suffix)]
         found.append(Found(name, CLIPS, path))
@@ -2548,8 +2542,14 @@ def find_clips(folder, root, reading, depth=3):
         return found
     for below in listing(folder):
         if below.is_dir() and below not in paths:
-            found += find_clips(below, root, reading, depth - 1)
+            with reading.trying("folder", str(below)):
+                found += find_clips(below, root, reading, depth - 1)
     return found
+
+
+def name_below(root, path):
+    """What an object is called: where it lies below the source's folder."""
+    return root.name if path == root else path.relative_to(root).as_posix()
 
 
 def strips_or_frames(folder, reading):
@@ -2558,10 +2558,7 @@ def strips_or_frames(folder, reading):
     photos = photos_in(folder)
     strips, others = [], []
     for photo in photos:
-        with reading.trying("picture", str(photo)):
-            height, width = picture_shape(photo, reading, longest=np.inf)
-            is_strip = width >= 4 * height and width % height == 0
-            (strips if is_strip else others).append(photo)
+        (strips if is_strip(photo) else others).append(photo)
     if not strips:
         return [folder] if others else []
     if others:
@@ -2569,8 +2566,17 @@ def strips_or_frames(folder, reading):
     return strips
 
 
+def is_strip(photo):
+    """Whether a picture is at least four squares side by side; False, too, if it cannot be read."""
+    try:
+        height, width = picture_shape(photo)
+    except BadInput:                     # it is left out where it is read
+        return False
+    return width >= 4 * height and width % height == 0
+
+
 def read_frames(path, reading):
-    """A clip's frames (H, W, 3 or 4) uint8, one by one: a video need not fit in memory."""
+    """A clip's frames (H, W, 4) uint8, one by one: a video need not fit in memory."""
     if path.is_dir():
         return frames_of_folder(path, reading)
     if path.suffix.lower() in PHOTOS:
@@ -2596,6 +2602,8 @@ def by_number(path):
 
 def frames_of_strip(path, reading):
     """The squares side by side in one picture, from the left."""
+    if not is_strip(path):
+        raise BadInput(f"{path}: no strip of four or more square frames side by side")
     strip = read_image(path, reading, longest=np.inf)
     height, width = strip.shape[:2]
     return np.split(strip, width // height, axis=1)
@@ -2610,7 +2618,7 @@ def frames_of_video(path, reading):
     so these are pillow's."""
     try:
         if path.suffix.lower() == ".gif":
-            picture_shape(path, reading)
+            check_shape(path, *picture_shape(path), reading)
             yield from iio.imiter(path, plugin="pillow", mode="RGBA")
             return
         told = iio.immeta(path, plugin="FFMPEG")
@@ -2620,7 +2628,8 @@ def frames_of_video(path, reading):
         frames = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgba", bpp=4, input_params=decoder)
         next(frames)                     # first comes what immeta has told
         for frame in frames:
-            yield np.frombuffer(frame, np.uint8).reshape(height, width, 4)
+            pixels = np.frombuffer(frame, np.uint8).copy()           # what it gives is read-only
+            yield pixels.reshape(height, width, 4)
     except BadInput:
         raise
     except Exception as error:           # as in read_image
@@ -2635,7 +2644,8 @@ def read_clip(path, reading):
     frames, sizes = [], []
     for frame in read_frames(path, reading):
         sizes.append(frame.shape[:2])
-        frames.append(shrink(frame, 2 * reading.size))
+        frame, _ = reduce(frame, 2 * reading.size)
+        frames.append(frame)
         if len(frames) > reading.max_frames:
             raise BadInput(f"{path}: over {reading.max_frames} frames, which are read with a "
                            "higher --max-frames only: cut it")
@@ -2645,19 +2655,6 @@ def read_clip(path, reading):
     if len(kept) < 2:
         raise BadInput(f"{path}: {len(kept)} frame(s); a clip has at least 2, all of one size")
     return np.stack(kept)
-
-
-def shrink(frame, side):
-    """A frame (H, W, 3 or 4) as RGBA, both sides divided by the same whole number, so that the
-    shorter one is still at least `side`: every new pixel is the mean of a square of old ones."""
-    height, width, channels = frame.shape
-    frame = np.pad(frame, ((0, 0), (0, 0), (0, 4 - channels)), constant_values=255)
-    factor = max(1, min(height, width) // side)
-    rows = height // factor
-    columns = width // factor
-    frame = frame[:rows * factor, :columns * factor]                 # what does not divide is cut
-    squares = frame.reshape(rows, factor, columns, factor, 4)
-    return squares.mean((1, 3)).round().astype(np.uint8)
 
 
 # ---- Clips: who moves before the wall ------------------------------------------------------------
@@ -2681,7 +2678,9 @@ def subtract_background(frames, path):
     change = np.abs(x - still).max(-1)                               # (V, H, W)
     noise = 1.4826 * np.median(change)   # a Gaussian's deviation, from its median |error|
     limit = max(7 * noise, LIMIT)        # a larger change is no noise
-    check_something_moves(change, limit, path)
+    if (change > limit).mean() < 1e-3:
+        raise BadInput(f"{path}: nothing moves, so the background cannot be told: give masks, as "
+                       "alpha or in a folder masks/ beside images/")
     wall, whiten = model_wall(still, noise)
     distance = np.linalg.norm((x - wall) @ whiten, axis=-1)          # (V, H, W)
     for _ in range(3):
@@ -2695,14 +2694,6 @@ def subtract_background(frames, path):
         from_row = np.linalg.norm((x - background) @ whiten, axis=-1)
         distance = np.where(known, from_own, median_of_three_rows(from_row))
     return without_specks(distance > 1)
-
-
-def check_something_moves(change, limit, path):
-    """BadInput where next to no pixel ever changes by more than the limit."""
-    moving = (change > limit).mean()
-    if moving < 1e-3:
-        raise BadInput(f"{path}: nothing moves, so the background cannot be told: give masks, as "
-                       "alpha or in a folder masks/ beside images/")
 
 
 def model_wall(still, noise):
@@ -2837,8 +2828,6 @@ def crop_once(frames, size):
 
 
 # ---- Captions ------------------------------------------------------------------------------------
-
-
 def read_caption_lines(path, reading):
     """{name: caption} of a text file, a line NAME: CAPTION each."""
     captions = {}
@@ -2867,22 +2856,26 @@ def read_caption_json(path, reading):
     return captions
 
 
-def read_captions(folder, names, reading):
-    """A user's captions, {name of an object: caption}; an object may have none.
+def read_captions(folder, found, reading):
+    """A user's captions, {name of an object: caption}; an object may have none. found: all objects.
 
     From a caption.txt in the object's own folder; from captions.txt; from captions.json. What is
     read later counts.
     """
+    names = [one.name for one in found]
     captions = {}
-    for name in names:
-        path = folder / name / "caption.txt"
+    for one in found:
+        own = folder / one.name
+        if isinstance(one.origin, Path) and one.origin.is_dir():
+            own = one.origin
+        path = own / "caption.txt"
         if path.is_file():
-            captions[name] = read_text(path).strip()
+            captions[one.name] = read_text(path).strip()
     for file, read in (("captions.txt", read_caption_lines), ("captions.json", read_caption_json)):
         path = folder / file
         if not path.is_file():
             continue
-        with reading.trying("file of captions", str(path)):
+        with reading.trying("captions file", str(path)):
             found = read(path, reading)
             unknown = sorted(set(found) - set(names))
             if unknown:
@@ -2918,13 +2911,14 @@ NO_MASKS = ("photos without masks: provide an alpha channel, or a folder masks/ 
             "with white objects on black, of the same names")
 
 # Photos: the layout's name, its reader, and the files that tell it.
-LAYOUTS = []
-LAYOUTS.append(("NeRF transforms", read_transforms, TRANSFORMS))
-LAYOUTS.append(("SRN", read_srn, ("pose/*.txt",)))
-LAYOUTS.append(("LLFF", read_llff, ("poses_bounds.npy",)))
-LAYOUTS.append(("COLMAP", read_colmap, ("sparse/*/images.bin", "sparse/*/images.txt",
-                                        "sparse/images.bin", "sparse/images.txt")))
-LAYOUTS.append(("Objaverse renders", read_objaverse, ("???.npy",)))
+LAYOUTS = [
+    ("NeRF transforms", read_transforms, ("transforms.json", "transforms_train.json")),
+    ("SRN", read_srn, ("pose/*.txt",)),
+    ("LLFF", read_llff, ("poses_bounds.npy",)),
+    ("COLMAP", read_colmap, ("sparse/*/images.bin", "sparse/*/images.txt", "sparse/images.bin",
+                             "sparse/images.txt")),
+    ("Objaverse renders", read_objaverse, ("[0-9][0-9][0-9].npy",)),
+]
 
 
 @dataclass
@@ -2937,8 +2931,9 @@ class Found:
     read: object = None          # other photos: their layout's reader
 
 
-def find_coil(folder, reading):
-    """COIL-100's objects in a folder, in the order of their numbers: a list of Found."""
+def find_coil(folder, root, reading):
+    """COIL-100's objects in a folder, in the order of their numbers: a list of Found. Below the
+    source's folder they are called by where they lie, too."""
     photos = {}                                          # {number: {degrees: path}}
     for path in files_in(folder, (".png",)):
         match = re.fullmatch(r"obj(\d+)__(\d+)", path.stem)
@@ -2949,7 +2944,13 @@ def find_coil(folder, reading):
                 reading.leave_out("photo", f"{path}: {degrees} degrees are there already")
             else:
                 of_object[degrees] = path
-    return [Found(f"obj{number}", COIL, photos[number]) for number in sorted(photos)]
+    found = []
+    for number in sorted(photos):
+        name = f"obj{number}"
+        if folder != root:
+            name = f"{name_below(root, folder)}/{name}"
+        found.append(Found(name, COIL, photos[number]))
+    return found
 
 
 def layout_of(folder):
@@ -2967,19 +2968,17 @@ def find_photos(folder, root, reading, depth=3):
     A folder of photos that no file tells the cameras of is left out, by name; only find knows
     whether all are like this.
     """
-    found = find_coil(folder, reading)
+    found = find_coil(folder, root, reading)
     if found:
         return found
     layout, read = layout_of(folder)
     if layout is not None:
-        name = folder.name
-        if folder != root:
-            name = folder.relative_to(root).as_posix()
-        return [Found(name, layout, folder, read)]
+        return [Found(name_below(root, folder), layout, folder, read)]
     already = len(reading.losses)
     for below in listing(folder):
         if below.is_dir() and depth > 0:
-            found += find_photos(below, root, reading, depth - 1)
+            with reading.trying("folder", str(below)):
+                found += find_photos(below, root, reading, depth - 1)
     if not found and photos_in(folder):
         del reading.losses[already:]     # its images/ and masks/, say, are no objects
         reading.leave_out("object", f"{folder}: photos, but no cameras")
@@ -3004,10 +3003,11 @@ def find(source, n_objects, reading=None):
     reading.root = str(folder)
     if not reading.as_clips:
         found = find_photos(folder, folder, reading)
-        for video in files_in(folder, VIDEOS):
-            if found:
-                reading.remark(f"{video}: not read, as there are photos with cameras")
         if found:
+            videos = find_clips(folder, folder, Reading(reading.size))
+            if videos:
+                reading.leave_out("video", f"{videos[0].origin} ...: there are photos with cameras",
+                                  len(videos))
             return found
     found = find_clips(folder, folder, reading)
     if not found:
@@ -3044,7 +3044,8 @@ def no_layout(source, folder):
         if path.is_file() and not path.name.startswith("."):
             files.append(path)
     pictures = [path for path in files if path.suffix.lower() in PHOTOS]
-    others = [path.relative_to(folder).as_posix() for path in files if path not in pictures]
+    others = [path.relative_to(folder).as_posix() for path in files
+              if path.suffix.lower() not in PHOTOS]
     folders = [path.name for path in listing(folder) if path.is_dir()]
     there = [f"{len(pictures)} pictures"]
     if folders:
@@ -3052,11 +3053,12 @@ def no_layout(source, folder):
     if others:
         there.append(f"and in no known form {some_of(sorted(others), 3)}")
     known = [f"{' or '.join(signs)} ({layout})" for layout, _, signs in LAYOUTS]
-    return (f"{source}: no layout that is known, here or below; there are {', '.join(there)}. An "
-            f"object is a folder with {'; '.join(known)}; or obj1__0.png ... (COIL-100). A video "
-            f"({' '.join(VIDEOS)}) is a clip. Pictures alone tell no cameras: run COLMAP; or, if "
-            "each folder of them is filmed by one fixed camera, or each is a strip of square "
-            "frames, say --as-clips")
+    known[-1] = known[-1].replace("[0-9]", "N")
+    return (f"{source}: no layout that is known, here or up to three folders below; there are "
+            f"{', '.join(there)}. An object is a folder with {'; '.join(known)}; or obj1__0.png "
+            f"... (COIL-100). A video ({' '.join(VIDEOS)}) is a clip. Pictures alone tell no "
+            "cameras: run COLMAP; or, if each folder of them is filmed by one fixed camera, or "
+            "each is a strip of square frames, say --as-clips")
 
 
 def choose(found, objects, source):
@@ -3116,7 +3118,7 @@ def load(source, size, holdout=6, seed=0, n_objects=128, n_views=24, objects=Non
     if not captures:
         raise BadInput(nothing_left(source, chosen, reading))
     if chosen[0].layout not in MADE_UP:
-        own = read_captions(Path(source), [one.name for one in found], reading)
+        own = read_captions(Path(source), found, reading)
         for name, capture in zip(names, captures):
             capture.caption = own.get(name)
         look_at_objects(names, captures, reading)
@@ -3244,7 +3246,9 @@ def describe(dataset):
         lines.append(describe_cameras(dataset))
         lines.append(describe_hull(dataset))
     lines.append(f"masks     cover {span(cover)} % of a frame")
-    lines.append(f"captions  {dataset.captions[0] or 'none'}")
+    captions = [caption for caption in dataset.captions if caption]
+    first = f", the first: {captions[0]}" if captions else ""
+    lines.append(f"captions  {len(captions)}{first}")
     for reason in dataset.skipped or ["nothing"]:
         lines.append(f"skipped   {reason}")
     for remark in dataset.remarks:

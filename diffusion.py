@@ -11,7 +11,7 @@ with its symbols; the network is ADM's U-Net (Dhariwal and Nichol 2021), every o
                                                   from sigma 80 to 0, with a little fresh noise
 
 TRAP: the paper's latent is called F, too, and so is torch's functional in other files. Here the
-latent is y, normalized, or x with noise, and F is the U-Net. A hat, as in EDM, means "churned".
+latent is y, normalized, or x with noise, and F is the U-Net.
 Shapes: B objects, C latent channels, s side of a latent; "as x": in the shape of x.
 Simplified: no dropout, no mixed precision, no augmentation.
 Read next: data.py
@@ -23,15 +23,14 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 # ---- The denoiser and its loss (EDM, Table 1) ---------------------------------------------------
-
-
 def preconditioning(sigma, sigma_data):
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM, Table 1): these four, each as sigma.
 
     F alone would be fed numbers of size 80 at large sigma, and have to repeat its input at small.
     So c_in x, which it is fed, and (y - c_skip x) / c_out, which it must answer, have variance 1 at
-    every sigma. TRAP: only if y has deviation sigma_data = 0.5. If it has another, a (here about
-    1), the variances lie between 1 and (a / sigma_data)^2.
+    every sigma. TRAP: only if y has deviation sigma_data. PAPER: sigma_data is 0.5, while robust
+    normalization makes the deviation about 1: then the variances lie between 1 and (1 / 0.5)^2.
+    Kept all the same: sigma_data 1 was worse (docs/results.md, row 2 of the claims).
     """
     total = sigma**2 + sigma_data**2
     c_skip = sigma_data**2 / total               # 1: little noise, keep x; 0: all noise, drop it
@@ -42,12 +41,14 @@ def preconditioning(sigma, sigma_data):
 
 
 class Denoiser(nn.Module):
-    """D(x; sigma): the mean of all clean latents y that may lie behind a noisy x, as the loss is a
-    square. At sigma 80 nearly the mean of all data, at 0.002 nearly x; between, a blurred guess.
+    """D(x; sigma): the mean of all clean latents y that may lie behind a noisy x: of all answers it
+    has the least squared error. At sigma 80 it is nearly the mean of all data, at 0.002 nearly x;
+    between, a blurred guess.
     latent_shape  (C, s, s, s); PAPER: (256, 8, 8, 8), and the other defaults, for Chairs (Tab. 5)
     channels      width of the U-Net, times `multipliers` at sides s, s/2, ...
-    depth         residual blocks at each side     attention  sides at which voxels see each other
-    sigma_data    PAPER: 0.5. AMBIGUOUS: the deviation of normalized latents is about 1
+    depth         residual blocks at each side
+    attention     sides at which voxels see each other
+    sigma_data    see preconditioning
     """
 
     def __init__(self, latent_shape, channels=128, multipliers=(3, 4), depth=2, attention=(8, 4),
@@ -63,7 +64,10 @@ class Denoiser(nn.Module):
                    settings.unet_depth, settings.unet_attention, settings.sigma_data)
 
     def forward(self, x, sigma, *told):
-        """x (B, C, s, s, s), sigma a number or (B,) -> D, as x. told: more for F, here nothing."""
+        """x (B, C, s, s, s), sigma a number or (B,) -> D, as x.
+
+        told  what F's blocks are told besides x and sigma: nothing, in the blocks below.
+        """
         if x.shape[1:] != self.latent_shape:
             raise ValueError(f"x must be B latents {self.latent_shape}, got {tuple(x.shape)}")
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
@@ -77,9 +81,9 @@ class Denoiser(nn.Module):
 def edm_loss(denoise, y, sigma_data, generator=None, P_mean=-1.2, P_std=1.2):
     """EDM's loss: the mean of weight(sigma) |D(y + sigma n; sigma) - y|^2, a scalar.
     denoise: any callable (x, sigma (B,)) -> D, as x. y (B, C, s, s, s): clean, normalized latents.
-    ln sigma ~ N(P_mean, P_std^2): sigma is mostly within 0.03, below which there is little noise to
-    see, and 3, above which there is little else. weight = 1 / c_out^2 makes this the squared error
-    of F's own answer: a new F answers 0, and pays the variance of what it must answer."""
+    ln sigma ~ N(P_mean, P_std^2): mostly between 0.03 (hardly any noise) and 3 (hardly anything
+    else). With weight = 1 / c_out^2 the loss is F's own squared error. F starts by answering 0, so
+    the loss starts as the variance of what F must answer."""
     normal = torch.randn(len(y), generator=generator).to(y)     # drawn on the CPU: the same numbers
     noise = torch.randn(y.shape, generator=generator).to(y)     # on every device
     sigma = (P_mean + P_std * normal).exp()                                 # (B,)
@@ -92,7 +96,8 @@ def edm_loss(denoise, y, sigma_data, generator=None, P_mean=-1.2, P_std=1.2):
 @torch.no_grad()
 def ema_update(average, model, step, half_life):
     """average <- decay average + (1 - decay) model, decay = 0.5^(1 / half_life), in steps.
-    The average draws the samples: what a step learns of its own few latents cancels in it."""
+    OURS, after EDM: the paper does not say. The average draws the samples: what a step learns of
+    its own few latents cancels in it."""
     half_life = min(half_life, 0.1 * step)       # early on short, or the random start would linger
     decay = 0.5 ** (1 / max(half_life, 1e-8))
     for averaged, current in zip(average.parameters(), model.parameters()):
@@ -100,26 +105,26 @@ def ema_update(average, model, step, half_life):
 
 
 # ---- The sampler (EDM, Algorithm 2) -------------------------------------------------------------
-
-
 @torch.no_grad()
 def edm_sampler(denoise, noise, steps, S_churn=40, S_min=0.05, S_max=50, S_noise=1.003,
-                sigma_min=0.002, sigma_max=80, rho=7, generator=None, watch=None):
+                sigma_min=0.002, sigma_max=80, rho=7, generator=None):
     """EDM's Algorithm 2: noise (B, ...) ~ N(0, 1) -> samples, as noise, float64.
 
     At sigma 80, data would hardly show: begin with noise alone. Let sigma fall to 0, and x follow
     dx/dsigma = (x - D(x; sigma)) / sigma: to halve sigma is to go half of the way to the guess D.
-    All x together stay distributed as y + sigma n. (x - D) / sigma is what DDPM calls eps.
-    denoise    any callable (x float64, sigma a float) -> D, as x     steps  PAPER: 64, or 16, 32
+    At every sigma, the x of many samples are distributed as y + sigma n. (x - D) / sigma is what
+    DDPM calls eps.
+    denoise    any callable (x float64, sigma a float) -> D, as x
+    steps      PAPER: 64; also 16 and 32
     S_churn    how much churn, at sigmas from S_min to S_max; 0: none. PAPER: some. AMBIGUOUS: how
                much. OURS: EDM's for ImageNet-64 (256 steps; up to 96 the cap below decides)
     S_noise    > 1, as D takes away a little too much noise
-    generator  of the churn, see fresh_noise     watch  None, or called with (step, sigma, D)
+    generator  of the churn, see fresh_noise
     """
     sigmas = sigma_steps(steps, sigma_min, sigma_max, rho).tolist()
     x_next = noise.double() * sigmas[0]
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):
-        x_hat, sigma_hat = x_next, sigma
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
+        x_hat, sigma_hat = x_next, sigma         # a hat is EDM's for "churned"; F_hat's is another
         if S_churn > 0 and S_min <= sigma <= S_max:
             # Churn: a little back up, with fresh noise, which buries the errors made so far. At
             # most by sqrt(2): then as much noise comes in as was there, for variances add up.
@@ -128,8 +133,6 @@ def edm_sampler(denoise, noise, steps, S_churn=40, S_min=0.05, S_max=50, S_noise
             added = math.sqrt(sigma_hat**2 - sigma**2)
             x_hat = x_hat + added * S_noise * fresh_noise(x_hat, generator)
         denoised = denoise(x_hat, sigma_hat)
-        if watch is not None:
-            watch(i, sigma_hat, denoised)
         slope = (x_hat - denoised) / sigma_hat                              # dx/dsigma
         x_next = x_hat + (sigma_next - sigma_hat) * slope                   # Euler
         if sigma_next > 0:                       # Heun: along the mean of the slopes at both ends
@@ -148,7 +151,7 @@ def sigma_steps(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
 
 
 def fresh_noise(x, generator):
-    """N(0, 1), as x. generator: one, or a list of B: then no object's depends on the others."""
+    """N(0, 1), as x. generator: one; or B of them, an object each: none depends on the others."""
     if not isinstance(generator, list):
         return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     rows = [torch.randn(x.shape[1:], generator=own, dtype=x.dtype) for own in generator]
@@ -156,16 +159,14 @@ def fresh_noise(x, generator):
 
 
 # ---- F: ADM's U-Net in 3D (App. B.2) ------------------------------------------------------------
-
-
 class UNet3D(nn.Module):
     """F(x; c_noise), ADM's U-Net: x (B, C, s, s, s), c_noise (B,) -> as x. Arguments: see Denoiser.
     In this order, for two multipliers and depth 2, at s = 8:
         8^3   first  block  block
         4^3   down   block  block  middle  middle  block  block  block
         8^3   up     block  block  block   last
-    Each `block` behind the middle ones is also handed what a module before them has made (skip
-    connections), the latest first.
+    Each `block` after the middle is also handed the output of a module before it, the latest first:
+    the skip connections.
     """
 
     def __init__(self, latent_shape, channels, multipliers, depth, attention):
@@ -176,43 +177,43 @@ class UNet3D(nn.Module):
         c_emb = 4 * channels
         # OURS: frequencies of c_noise from 1/4 to 64. ADM's are for step numbers up to 1000.
         self.freqs = nn.Buffer(torch.logspace(-2, 6, channels // 2, base=2), persistent=False)
-        self.embed = nn.Sequential(nn.Linear(channels, c_emb), nn.SiLU(),
-                                   nn.Linear(c_emb, c_emb), nn.SiLU())
+        self.embed_noise = nn.Sequential(nn.Linear(channels, c_emb), nn.SiLU(),
+                                         nn.Linear(c_emb, c_emb), nn.SiLU())
         c = widths[0]                            # width of x on its way
         self.first = nn.Conv3d(c_latent, c, 3, padding=1)
-        self.encoder = nn.ModuleList()
+        self.downward = nn.ModuleList()
         for level, width in enumerate(widths):
             if level > 0:
-                self.encoder.append(UNetBlock(c, c, c_emb, resample=nn.AvgPool3d(2)))
+                self.downward.append(UNetBlock(c, c, c_emb, resample=nn.AvgPool3d(2)))
             for _ in range(depth):
-                self.encoder.append(UNetBlock(c, width, c_emb, attends[level]))
+                self.downward.append(UNetBlock(c, width, c_emb, attends[level]))
                 c = width
         self.middle = nn.ModuleList([UNetBlock(c, c, c_emb, attends[-1]), UNetBlock(c, c, c_emb)])
-        skips = [widths[0]] + [block.conv2.out_channels for block in self.encoder]
-        self.decoder = nn.ModuleList()           # a list of blocks for each side
+        skip_widths = [widths[0]] + [block.conv2.out_channels for block in self.downward]
+        self.upward = nn.ModuleList()            # a list of blocks for each side
         self.ups = nn.ModuleList()               # and a block between two sides
         for width, attend in zip(widths[::-1], attends[::-1]):
-            if len(self.decoder) > 0:
+            if len(self.upward) > 0:
                 self.ups.append(UNetBlock(c, c, c_emb, resample=nn.Upsample(scale_factor=2)))
-            self.decoder.append(nn.ModuleList())
+            self.upward.append(nn.ModuleList())
             for _ in range(depth + 1):
-                self.decoder[-1].append(UNetBlock(c + skips.pop(), width, c_emb, attend))
+                self.upward[-1].append(UNetBlock(c + skip_widths.pop(), width, c_emb, attend))
                 c = width
         self.last = nn.Sequential(group_norm(c), nn.SiLU(),
                                   zero_init(nn.Conv3d(c, c_latent, 3, padding=1)))
 
     def forward(self, x, c_noise, *told):
-        """Down, through the middle and up again. told: more for the blocks, see Denoiser."""
+        """Down, through the middle and up again. told: see Denoiser."""
         angles = c_noise[:, None] * self.freqs                              # (B, channels / 2)
-        emb = self.embed(torch.cat([angles.cos(), angles.sin()], dim=1))    # (B, c_emb)
+        emb = self.embed_noise(torch.cat([angles.cos(), angles.sin()], 1))  # (B, c_emb)
         x = self.first(x)
         skips = [x]
-        for block in self.encoder:
+        for block in self.downward:
             x = block(x, emb, *told)
             skips.append(x)
         for block in self.middle:
             x = block(x, emb, *told)
-        for i, blocks in enumerate(self.decoder):
+        for i, blocks in enumerate(self.upward):
             if i > 0:
                 x = self.ups[i - 1](x, emb, *told)
             for block in blocks:
@@ -222,30 +223,32 @@ class UNet3D(nn.Module):
 
 class UNetBlock(nn.Module):
     """ADM's residual block, steered by the noise level; then self-attention, if `attention`.
-    x (B, c_in, s, s, s), emb (B, c_emb) -> (B, c_out, s', s', s'); `resample` makes s' of s."""
+    x (B, width_in, s, s, s), emb (B, c_emb) -> (B, width_out, s', s', s'), s' by `resample`."""
 
-    def __init__(self, c_in, c_out, c_emb, attention=False, resample=None):
+    def __init__(self, width_in, width_out, c_emb, attention=False, resample=None):
         super().__init__()
-        self.norm1 = group_norm(c_in)
-        self.conv1 = nn.Conv3d(c_in, c_out, 3, padding=1)
-        self.norm2 = group_norm(c_out)
-        self.conv2 = zero_init(nn.Conv3d(c_out, c_out, 3, padding=1))
-        self.affine = nn.Linear(c_emb, 2 * c_out)
-        self.skip = nn.Identity() if c_in == c_out else nn.Conv3d(c_in, c_out, 1)
+        self.norm1 = group_norm(width_in)
+        self.conv1 = nn.Conv3d(width_in, width_out, 3, padding=1)
+        self.norm2 = group_norm(width_out)
+        self.conv2 = zero_init(nn.Conv3d(width_out, width_out, 3, padding=1))
+        self.affine = nn.Linear(c_emb, 2 * width_out)
+        self.shortcut = nn.Identity()
+        if width_in != width_out:
+            self.shortcut = nn.Conv3d(width_in, width_out, 1)
         self.resample = nn.Identity() if resample is None else resample
-        self.attention = SelfAttention(c_out) if attention else nn.Identity()
+        self.attention = SelfAttention(width_out) if attention else nn.Identity()
 
     def forward(self, x, emb):
         h = self.conv1(self.resample(silu(self.norm1(x))))
         scale, shift = self.affine(emb)[:, :, None, None, None].chunk(2, dim=1)
         h = self.norm2(h) * (1 + scale) + shift
         h = self.conv2(silu(h))
-        return self.attention(self.skip(self.resample(x)) + h)
+        return self.attention(self.shortcut(self.resample(x)) + h)
 
 
 class SelfAttention(nn.Module):
     """x (B, C, s, s, s) -> x + proj(softmax(q k^T / sqrt(c)) v), as in autodecoder.py, but for the
-    norm, and q apart from k and v, which may also come from text."""
+    norm; and q has a layer of its own, for the second reading."""
 
     def __init__(self, channels):
         super().__init__()
@@ -297,8 +300,6 @@ from data import BadInput   # noqa: E402
 # Both are 1 at every sigma if a = sd, and lie between 1 and (a / sd)^2 if not.
 
 # ---- The U-Net that hears text ------------------------------------------------------------------
-
-
 class CrossAttention(SelfAttention):
     """Every voxel looks at every token of the text: q from x, k and v from the tokens."""
 
@@ -367,7 +368,7 @@ class TextDenoiser(Denoiser):
             raise ValueError(f"transformer_depth {transformer_depth}: text needs at least 1")
         self.context_dim = context_dim
         hearing = 0
-        for blocks in (self.unet.encoder, self.unet.middle, self.unet.ups, *self.unet.decoder):
+        for blocks in (self.unet.downward, self.unet.middle, self.unet.ups, *self.unet.upward):
             for i, block in enumerate(blocks):
                 blocks[i] = TextBlock(block, context_dim, transformer_depth)
                 hearing += len(blocks[i].cross_attention)
@@ -416,8 +417,6 @@ def build_denoiser(settings, latent_shape, vocabulary=()):
 
 
 # ---- Guidance -----------------------------------------------------------------------------------
-
-
 def guided(denoiser, context, null, weight):
     """Classifier-free guidance: D(x) = D(x | null) + weight (D(x | text) - D(x | null)).
 

@@ -5,7 +5,7 @@ normalized interquartile range (IQR), which for a Gaussian equals the standard d
 Why not mean and deviation: a few latents are extreme (PAPER: 1e4 and more, as densities have no
 upper bound), and a handful of those decides both. Quartiles do not see them.
 When: once, between the two stages, on F = G1(e) of ALL training objects, the decoder in evaluation
-mode (its batch norms no longer move). Stage 2 learns F_hat; G2 wants what it draws denormalized.
+mode (its batch norms no longer move). Stage 2 learns F_hat; its samples are denormalized for G2.
 Shapes: N training objects, C channels, D = H = W the latent's side.
 Read next: diffusion.py
 """
@@ -19,7 +19,8 @@ MODES = ("robust", "meanstd", "none")
 class RobustNormalizer(nn.Module):
     """F_hat = spread (F - m) / s, by mode: "robust" (PAPER); "meanstd" or "none", to compare with.
 
-    per_channel  m, s are (1, C, 1, 1, 1) instead of (). AMBIGUOUS: one for all reads most natural
+    per_channel  m, s are (1, C, 1, 1, 1) instead of (). AMBIGUOUS: the paper's formula names one m
+                 and one s, so one for all channels is the more natural reading
     spread       of F_hat. AMBIGUOUS: the formula gives 1, yet diffusion assumes sigma_data = 0.5
                  and Fig. 9 speaks of [-1, 1] (measured: docs/results.md)
     """
@@ -50,7 +51,7 @@ class RobustNormalizer(nn.Module):
             rows = latents.transpose(0, 1).flatten(1)       # (C, N D H W)
             shape = (1, -1, 1, 1, 1)
         m, s = measure(rows.double(), self.mode)
-        s = torch.where(s > 0, s, torch.ones_like(s))       # IQR 0: half of the numbers are equal
+        s = torch.where(s > 0, s, torch.ones_like(s))       # IQR 0, half of them equal: divide by 1
         self.m = m.to(latents).reshape(shape)               # to the latents' type and device
         self.s = s.to(latents).reshape(shape)
         return self
@@ -65,7 +66,7 @@ class RobustNormalizer(nn.Module):
 
 
 def measure(rows, mode):
-    """m and s of each row: rows (G, M) -> (G,) each."""
+    """m and s of each row: rows (1 or C, M) -> (1 or C,) each."""
     if mode == "none":
         return torch.zeros_like(rows[:, 0]), torch.ones_like(rows[:, 0])
     if mode == "meanstd":

@@ -15,7 +15,7 @@ Conventions, for the whole project; each is held by a test in tests/test_render.
                the outer ones end exactly on the faces of the cube (align_corners=False)
   background   black: a ray that meets nothing brings nothing
 
-Shapes: B objects, V views, S samples on a ray, C channels, K points.
+Shapes: B objects, V views, S samples on a ray, C channels.
 Simplified: no empty-space skipping, no importance sampling. All S samples of a ray are spread
 evenly between the two points where it crosses the cube; for volumes of 32^3 to 128^3 they suffice.
 Read next: autodecoder.py
@@ -76,22 +76,6 @@ def camera_rays(cam2world, intrinsics, size):
     return position.expand_as(d), F.normalize(d, dim=-1)
 
 
-def project(points, cam2world, intrinsics):
-    """Where points of the world appear in pictures: camera_rays the other way round.
-
-    points (..., K, 3), cam2world (..., 4, 4), intrinsics (..., 4)
-    returns uv (..., K, 2) and depth (..., K) along the view axis, world units, > 0 in front
-    """
-    rotation = cam2world[..., :3, :3]
-    position = cam2world[..., None, :3, 3]
-    # From camera to world is R, so back is R^T. Points are rows here, and R^T p as a row is p R.
-    x, y, z = ((points - position) @ rotation).unbind(-1)
-    fx, fy, cx, cy = intrinsics[..., None, :].unbind(-1)
-    u = cx + fx * x / -z
-    v = cy - fy * y / -z
-    return torch.stack([u, v], -1), -z
-
-
 # ---- Along one ray: colour (Eq. 6) and occupancy (Eq. 7) -----------------------------------------
 def integrate(density, rgb, edges):
     """Colour (Eq. 6) and occupancy (Eq. 7) of rays through fog, constant within each interval.
@@ -112,7 +96,7 @@ def integrate(density, rgb, edges):
     tau_through = tau.cumsum(-1)                        # sum_{j <= i} tau_j
     tau_before = F.pad(tau_through[..., :-1], (1, 0))   # sum_{j < i} tau_j, which begins with 0
     T = torch.exp(-tau_before)                          # T_i = exp(-sum_{j < i} tau_j), light left
-    stopped = -torch.expm1(-tau)                        # 1 - exp(-tau_i), without rounding to 0
+    stopped = -torch.expm1(-tau)                        # 1 - exp(-tau_i), exact for thin fog, too
     weights = T * stopped                               # w_i = T_i (1 - exp(-tau_i))
     colour = (weights[..., None] * rgb).sum(-2)         # C = sum_i w_i rgb_i    (Eq. 6)
     occupancy = weights.sum(-1)                         # O = sum_i w_i          (Eq. 7)
@@ -136,8 +120,8 @@ def box_interval(o, d):
 def place_samples(near, far, n_samples, generator=None):
     """Cuts rays from near to far, (...,) each, into S equal intervals, with a sample in each.
 
-    generator  draws where in its interval each sample lies (OURS), so that over many steps training
-               sees all of the volume; None: in the middle
+    generator  draws where in its interval each sample lies, as in NeRF, so that over many steps
+               training sees all of the volume; None: in the middle
     returns    t (..., S) of the samples, edges (..., S+1) of the intervals
     """
     fractions = torch.linspace(0, 1, n_samples + 1, dtype=near.dtype, device=near.device)
@@ -146,7 +130,7 @@ def place_samples(near, far, n_samples, generator=None):
     lengths = edges.diff(dim=-1)
     if generator is None:
         return starts + lengths * 0.5, edges
-    if near.device.type != "cpu":       # a GPU draws so many itself, seeded by the CPU's generator
+    if near.device.type != "cpu":       # so many numbers: a GPU draws its own, seeded by the CPU's
         seed = torch.randint(2**62, (), generator=generator).item()
         generator = torch.Generator(near.device).manual_seed(seed)
     jitter = torch.rand(lengths.shape, generator=generator, dtype=near.dtype, device=near.device)
@@ -169,7 +153,8 @@ def render(volume, cam2world, intrinsics, size, n_samples, generator=None):
     """Pictures of each object's volume from each of its cameras.
 
     volume     (B, 4, D, H, W), cam2world (B, V, 4, 4), intrinsics (B, V, 4), size in pixels
-    n_samples  on a ray (PAPER: 128); generator, of the CPU, jitters them, for training
+    n_samples  on a ray (PAPER: 128)
+    generator  of the CPU; for training: random places, see place_samples
     returns    rgb (B, V, 3, size, size) over black, occupancy (B, V, 1, size, size) in [0, 1]
     """
     B = len(cam2world)
@@ -185,7 +170,24 @@ def render(volume, cam2world, intrinsics, size, n_samples, generator=None):
     colour, occupancy, _ = integrate(density, rgb, edges)
     return colour.movedim(-1, 2), occupancy[:, :, None]
 
-# ==== Second reading: depth and normals; what moves ===============================================
+# ==== Second reading: points in pictures; depth and normals; what moves ===========================
+
+
+# ---- Points in pictures --------------------------------------------------------------------------
+def project(points, cam2world, intrinsics):
+    """Where points of the world appear in pictures: camera_rays the other way round.
+
+    points (..., K, 3), cam2world (..., 4, 4), intrinsics (..., 4)
+    returns uv (..., K, 2) and depth (..., K) along the view axis, world units, > 0 in front
+    """
+    rotation = cam2world[..., :3, :3]
+    position = cam2world[..., None, :3, 3]
+    # From camera to world is R, so back is R^T. Points are rows here, and R^T p as a row is p R.
+    x, y, z = ((points - position) @ rotation).unbind(-1)
+    fx, fy, cx, cy = intrinsics[..., None, :].unbind(-1)
+    u = cx + fx * x / -z
+    v = cy - fy * y / -z
+    return torch.stack([u, v], -1), -z
 
 
 # ---- Depth and normals ---------------------------------------------------------------------------

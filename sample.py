@@ -3,12 +3,12 @@
     python sample.py --run runs/tiny-synthetic --n 8
 
     noise -- sample_latents --> latent F -- decode --> volume -- render_views --> pictures
-             64 Heun steps (toys: 32)       G2                   from a turntable
+             64 Heun steps                  G2                   from a turntable
 
 Paper: Sec. 3.3 and App. C.2. Embeddings and G1 take no part: they have made the latents that
 diffusion learned from. A new object has no embedding, and there was never a photo of it.
 Shapes: n objects, V views, C channels, T frames of a film; volumes (4, D, H, W).
-Read next: tests/, where each promise of these files meets an answer that is known.
+Read next: tests/, which hold every function against a case whose answer is known.
 """
 import math
 import os
@@ -28,9 +28,9 @@ FRAMES = 48                      # T of a turntable film
 
 
 def load_run(folder, device="cpu"):
-    """What training left in a folder -> `trained`, a namespace that all functions below take. Its
-    settings are stage 2's, its names the training objects', and view is where the turntable's
-    camera stands: distance, and elevation in radians."""
+    """What training left in a folder -> `trained`, a namespace that the functions below take:
+    networks and normalizer; settings, of stage 2; names of the training objects; and view, where
+    the turntable's camera stands: distance, and elevation in radians."""
     # TRAP: without weights_only, loading a file runs whatever program somebody put into it.
     first = torch.load(f"{folder}/stage1.pt", map_location="cpu", weights_only=True)
     second = torch.load(f"{folder}/stage2.pt", map_location="cpu", weights_only=True)
@@ -50,11 +50,9 @@ def load_run(folder, device="cpu"):
 
 
 # ---- Noise -> latents -> volumes -> pictures (Sec. 3.3) ------------------------------------------
-
-
 def stream(seed, name):
     """Random numbers for one use of a seed. TRAP: manual_seed(seed) in two places gives the same
-    numbers twice: embeddings drawn "anew" would be those that training began with."""
+    numbers twice: the noise of samples would be that of the training's first steps."""
     digest = sha256(f"{name} {seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))   # fits an int64
 
@@ -65,14 +63,17 @@ def latent_noise(trained, n, seed):
     return torch.stack([torch.randn(shape, generator=stream(seed, f"noise {i}")) for i in range(n)])
 
 
-def sample_latents(trained, noise, steps=64, churn=40.0, seed=0, watch=None, first=0):
-    """Noise (n, C, s, s, s) -> latents F of new objects, as noise. Others: see edm_sampler. Object
-    i's churn depends on seed and first + i alone, whoever is made beside it."""
+def sample_latents(trained, noise, steps=64, churn=40.0, seed=0, first=0):
+    """Noise (n, C, s, s, s) -> latents F of new objects, as noise. steps, churn: see edm_sampler.
+
+    These are objects first, first + 1, ... of a seed; the churn of each depends on these two
+    numbers alone, whoever is made beside it.
+    """
     latents = []
     for part in noise.split(64):                                       # 64 at a time: memory
         fresh = [stream(seed, f"churn {first + i}") for i in range(len(part))]
         latent_hat = edm_sampler(trained.denoiser, part.to(trained.device), steps, S_churn=churn,
-                                 generator=fresh, watch=watch)
+                                 generator=fresh)
         # TRAP: G2 knows latents as they were before normalization: F = F_hat s + m.
         latents.append(trained.normalizer.denormalize(latent_hat.float()))
         first += len(part)
@@ -86,12 +87,12 @@ def decode(trained, latents):
 
 
 @torch.no_grad()
-def training_latents(trained):
+def training_latents(autodecoder, n_objects):
     """What stage 2 learns from: F = G1(e) of all N training objects, (N, C, s, s, s). In evaluation
     mode, or batch norm would let a latent depend on which others are decoded beside it."""
-    k = torch.arange(len(trained.names), device=trained.device)
-    e = trained.autodecoder.eval().embed(k)                            # (N, embed_dim)
-    latents = torch.cat([trained.autodecoder.decode_latent(part) for part in e.split(64)])
+    k = torch.arange(n_objects, device=next(autodecoder.parameters()).device)
+    e = autodecoder.eval().embed(k)                                    # (N, embed_dim)
+    latents = torch.cat([autodecoder.decode_latent(part) for part in e.split(64)])
     return latents.contiguous()              # the decoder leaves them in another order of memory
 
 
@@ -127,13 +128,13 @@ def save_samples(trained, folder, n=8, steps=64, seed=0, churn=40.0):
     noise = latent_noise(trained, n, seed)                             # (n, C, s, s, s)
     latents = sample_latents(trained, noise, steps, churn, seed)       # (n, C, s, s, s)
     volumes = decode(trained, latents)                                 # (n, 4, D, H, W)
-    azimuths = [0.6 + 2 * math.pi * t / FRAMES for t in range(FRAMES)]     # 0.6: from half aside
+    azimuths = [0.6 + 2 * math.pi * t / FRAMES for t in range(FRAMES)]     # 0.6: first from aside
     rgb, occupancy = render_views(trained, volumes, azimuths, SIDE)    # (n, T, ..., SIDE, SIDE)
     views = rgb + 1 - occupancy                # over white: black would swallow dark objects
     film = torch.cat(list(views), -1)          # side by side: (T, 3, SIDE, n SIDE)
     film = (film.clamp(0, 1) * 255).round().byte().movedim(1, -1)
     os.makedirs(folder, exist_ok=True)
-    iio.imwrite(f"{folder}/samples.png", film[::FRAMES // 3].flatten(0, 1).numpy())   # 3 of them
+    iio.imwrite(f"{folder}/samples.png", film[::FRAMES // 3].flatten(0, 1).numpy())   # 3 sides
     iio.imwrite(f"{folder}/turntable.gif", film.numpy(), duration=1000 / 15, loop=0)
     return volumes, [f"{folder}/samples.png", f"{folder}/turntable.gif"]
 
@@ -383,7 +384,7 @@ def are_same(portraits, others):
 def source_now(trained, source=None):
     """Where a run's data is: what --data says, or else where it was. BadInput where it is gone."""
     source = source or trained.source
-    if source not in ("synthetic", "puppets") and not Path(source).is_dir():
+    if source not in ("synthetic", "puppets") and not Path(source).exists():
         raise BadInput(f"{source}, which {trained.run} was trained on, is not there: say with "
                        "--data where its photos are now")
     return source
@@ -406,8 +407,6 @@ def load_data(trained, source=None):
 
 
 # ---- The mode of networks ------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def evaluating(trained):
     """Evaluation mode while pictures are drawn; afterwards each network is in its mode again.
@@ -429,8 +428,6 @@ def evaluating(trained):
 
 
 # ---- The baseline: direct latent sampling (Sec. 4) -----------------------------------------------
-
-
 @torch.no_grad()
 def latents_of(trained, embeddings):
     """F = G1(e): embeddings (n, embed_dim) -> (n, C, s, s, s)."""
@@ -467,8 +464,6 @@ def direct_latents(trained, n, seed, kind):
 
 
 # ---- Text (Sec. 3.3): prompts and guidance -------------------------------------------------------
-
-
 def add_text(trained):
     """Turns a run into one with text: adds encode and text_denoiser.
 
@@ -525,8 +520,6 @@ def sample_prompt(trained, noise, steps, churn, seed, prompt=None, guidance=3.0)
 
 
 # ---- What moves: its cameras and its views (Sec. 3.2, App. B.1) ----------------------------------
-
-
 @torch.no_grad()
 def cameras_of(trained, dataset, frames):
     """Cameras of frames (n,) of a dataset: known ones (n, 4, 4); or what the pose network sees in
@@ -604,8 +597,6 @@ def geometry_views(trained, volumes, azimuth, size, pose=0):
 
 
 # ---- How near is it to what was trained on, and to photos never seen? ----------------------------
-
-
 def appearance(trained, volumes):
     """What the eye compares: colours at 32 x 32 from all sides -> (n, d), scaled so that a distance
     is a root-mean-square difference of colours."""
@@ -665,8 +656,6 @@ def score_heldout(trained, dataset, n_samples=96):
 
 
 # ---- Pictures, sheets and films ------------------------------------------------------------------
-
-
 def on_white(rgb, occupancy):
     """Colour over white instead of black, for looking at: dark objects show. (..., 3, H, W)."""
     return rgb + 1 - occupancy
@@ -750,8 +739,6 @@ def save_sheet(path, rows, labels, title=""):
 
 
 # ---- Pictures of geometry ------------------------------------------------------------------------
-
-
 def depth_picture(views):
     """Depth (..., 1, H, W) as grey: near is dark, the background white -> (..., 3, H, W)."""
     depth = views["depth"]
@@ -794,8 +781,6 @@ def geometry_rows(views):
 
 
 # ---- Figures of training -------------------------------------------------------------------------
-
-
 def frames_to_show(dataset, n):
     """Up to n frame numbers, evenly from all held-out frames, so of many objects; where none are
     held out, from all. And which of the two it was, in a word."""
@@ -877,26 +862,29 @@ def save_noise_strip(path, trained, steps, n=4, seed=0, columns=8):
     At high noise it can only answer with the mean of all objects; the lower the noise, the more it
     has decided.
     """
-    shown = [round(column * (steps - 1) / (columns - 1)) for column in range(columns)]
-    pictures, sigmas = [], []
+    asked = []
 
-    def watch(step, sigma, denoised):
-        if step in shown:
-            latents = trained.normalizer.denormalize(denoised.float())
-            rgb, occupancy = render_any_views(trained, decode(trained, latents), [0.6], 80)
-            pictures.append(on_white(rgb, occupancy)[:, 0])
-            sigmas.append(f"{float(sigma):.2g}")
+    def denoise(x, sigma):
+        denoised = trained.denoiser(x, sigma)
+        asked.append((sigma, denoised))
+        return denoised
 
     noise = latent_noise(trained, n, seed)
-    sample_latents(trained, noise, steps, churn=0.0, seed=seed, watch=watch)
+    edm_sampler(denoise, noise.to(trained.device), steps, S_churn=0)
+    believed = asked[0::2]                       # Heun asks twice a step: at its begin, at its end
+    pictures, sigmas = [], []
+    for column in range(columns):
+        sigma, denoised = believed[round(column * (steps - 1) / (columns - 1))]
+        latents = trained.normalizer.denormalize(denoised.float())
+        rgb, occupancy = render_any_views(trained, decode(trained, latents), [0.6], 80)
+        pictures.append(on_white(rgb, occupancy)[:, 0])
+        sigmas.append(f"{sigma:.2g}")
     strip = torch.stack(pictures, 1)                                   # (n, columns, 3, 80, 80)
     labels = [f"seed {seed}, {i}" for i in range(n)]
     save_sheet(path, list(strip), labels, "denoised estimates at sigma = " + ", ".join(sigmas))
 
 
 # ---- Sheets and films of samples of every kind ---------------------------------------------------
-
-
 def rows_of_eight(views):
     """Pictures of n objects from V sides (n, V, 3, H, W) -> rows of up to eight objects, a row for
     each side; V more rows for every further eight. A last group that is not full is left out."""
@@ -922,7 +910,8 @@ def save_sample_sheet(folder, trained, volumes, nearest=False):
     labels = ["sample", "turned", "turned"]
     title = f"{len(volumes)} samples"
     if nearest:
-        training_volumes = decode(trained, training_latents(trained))
+        latents = training_latents(trained.autodecoder, len(trained.names))
+        training_volumes = decode(trained, latents)
         index, distance = nearest_training(trained, volumes, training_volumes)
         likest = training_volumes[index.to(trained.device)]
         rgb, occupancy = render_any_views(trained, likest, azimuths[:1], SIDE)
@@ -980,8 +969,6 @@ def save_any_samples(trained, folder, n, steps, seed, churn, direct=None, prompt
 
 
 # ---- Between two objects -------------------------------------------------------------------------
-
-
 def arc_between(a, b, shares):
     """Noises on the arc from a to b, both (1, C, s, s, s): at T shares in [0, 1], (T, C, s, s, s).
 
@@ -1015,8 +1002,6 @@ def save_interpolation(trained, folder, seeds, steps, prompt=None, guidance=3.0,
 
 
 # ---- Driving: a subject in the poses of a clip (Sec. 3.2) ----------------------------------------
-
-
 def load_driving(trained, clip, source=None):
     """Poses of a clip become trained.poses, in which all figures then show their subjects.
 
@@ -1092,8 +1077,6 @@ def save_motion(trained, folder, volume, driving=None, columns=8):
 
 
 # ---- Meshes --------------------------------------------------------------------------------------
-
-
 def import_marching_cubes():
     """scikit-image's function. Raises BadInput, which says what to install, where there is none."""
     try:
@@ -1155,8 +1138,6 @@ def write_ply(path, points, colours, faces):
 
 
 # ---- Command line --------------------------------------------------------------------------------
-
-
 def choose_device(name):
     """"auto" -> a GPU where there is one; a device that cannot do the work is bad input.
 

@@ -1,6 +1,7 @@
 """Photos go in; a trained decoder (stage 1) and a diffusion model (stage 2) come out.
 
     python train.py       both stages and a first sampling, in minutes; --help lists every setting
+    train.learn(train.Settings(**train.MICRO), "runs/first")    the same, by first readings alone
 
 Paper: Sec. 3.2 (stage 1), Sec. 3.3 (stage 2), Tab. 5 and App. C.2 (the numbers).
 Shapes: B objects a step, V views of each, C channels, H = W side of a picture, N dataset objects.
@@ -22,8 +23,6 @@ import sample
 from normalize import RobustNormalizer
 
 # ---- Settings: the numbers of the method ---------------------------------------------------------
-
-
 def option(default, group, help):
     """A field of Settings. Each is also a flag of the command line: help says what it means."""
     return dataclasses.field(default=default, metadata={"group": group, "help": help})
@@ -44,6 +43,7 @@ class Settings:
     decoder_depth: int = option(4, "decoder", "residual blocks per resolution")
     decoder_attention: tuple = option((8, 16), "decoder", "sides with self-attention")
     norm: str = option("batch", "decoder", "batch (the paper) or group")
+    # OURS: the paper does not say how many steps, nor how many objects or latents are in one.
     steps_stage1: int = option(500_000, "stage 1", "training steps")
     objects_per_step: int = option(16, "stage 1", "objects in a step")
     views_per_step: int = option(4, "stage 1", "views of each object in a step")
@@ -68,21 +68,21 @@ class Settings:
     seed: int = option(0, "run", "of everything random")
 
 
-# For coursework: two CPU cores, a minute and a half. What is not named is as in the paper. Here G1
-# is the linear layer alone, for the latent has the first volume's side. Weights of 1 for Eq. 1 and
-# 2 are to Adam what 10 and 10 are: it divides gradients by their usual size.
-PRESETS = {"micro": dict(
+# For coursework: two CPU cores, two minutes. What is not named is as in the paper. Here G1 is the
+# linear layer alone, for the latent has the first volume's side. Rates are higher, for there are
+# 500 times fewer steps. Weights of 1 for Eq. 1 and 2 are to Adam what 10 and 10 are: it divides
+# gradients by their usual size.
+MICRO = dict(
     size=32, n_objects=64, n_views=16, channels=32, volume_side=16, latent_side=4, decoder_depth=1,
     decoder_attention=(), steps_stage1=1000, objects_per_step=4, n_samples=24, lr_stage1=8e-3,
     perceptual_weight=1.0, foreground_weight=1.0, unet_channels=32, unet_multipliers=(1, 2),
     unet_depth=1, unet_attention=(4, 2), steps_stage2=1000, batch_size=16, lr_stage2=2e-3,
-    ema_half_life=200.0)}
+    ema_half_life=200.0)
 
 # ---- Stage 1: the autodecoder (Sec. 3.2) ---------------------------------------------------------
-
-
 def next_objects(settings, dataset, state):
-    """Numbers (B,) of the step's objects, from a shuffled list of all; when it runs out, anew."""
+    """Numbers (B,) of the step's objects, from a shuffled list of all; if too few are left, a new
+    one is made."""
     if len(state.order) < min(settings.objects_per_step, dataset.n_objects):
         state.order = torch.randperm(dataset.n_objects, generator=state.generator)
     k = state.order[:settings.objects_per_step]
@@ -96,20 +96,22 @@ def draw_frames(dataset, k, views, generator):
     for object_number in k.tolist():
         frames = dataset.frames_of(object_number, heldout=False)
         order = torch.randperm(len(frames), generator=generator)
-        rows.append(frames[order.repeat(views)[:views]])   # those of a few photos come repeatedly
+        rows.append(frames[order.repeat(views)[:views]])   # fewer photos than V: some come twice
     return torch.stack(rows)
 
 
 def draw_photos(settings, dataset, frames, state):
-    """Frames (B, V) -> images (B, V, 3, H, W), masks (B, V, 1, H, W), intrinsics (B, V, 4)."""
+    """Frames (B, V) -> images (B, V, 3, H, W), masks (B, V, 1, H, W), intrinsics (B, V, 4), which
+    are those of the pictures: whoever draws a part of a photo changes them."""
     images, masks = dataset.batch(frames, settings.size)
     intrinsics = dataset.intrinsics[frames]
     return images.to(state.device), masks.to(state.device), intrinsics.to(state.device)
 
 
 def start_stage1(settings, decoder, device="cpu"):
-    """What the loop of stage 1 carries, as it is before the first step. (fused: only faster.)"""
+    """What the loop of stage 1 carries, as it is before the first step."""
     decoder.to(device).train()
+    # The loop sets the learning rate at every step. fused is the same, but faster.
     optimizer = torch.optim.Adam(decoder.parameters(), betas=settings.betas, fused=True)
     return SimpleNamespace(
         autodecoder=decoder, optimizer=optimizer, device=device, step=0,
@@ -151,19 +153,18 @@ def train_stage1(settings, dataset, state, features=autodecoder.pixels_and_gradi
 
 
 def stage1_checkpoint(settings, dataset, state):
-    """What sampling needs of stage 1, and from how far away and how high (radians) it looks."""
+    """What sampling needs of stage 1; and where its camera stands: distance, elevation (rad)."""
     return {"stage": 1, "step": state.step, "settings": vars(settings), "names": dataset.names,
             "model": state.autodecoder.state_dict(), "view": {"distance": 4.0, "elevation": 0.4}}
 
 
 # ---- Stage 2: diffusion on the decoder's latents (Sec. 3.3) --------------------------------------
-
-
 def start_stage2(settings, latents, denoiser, device="cpu"):
     """What the loop of stage 2 carries. latents (N, C, s, s, s) are normalized here, once."""
     normalizer = RobustNormalizer.from_settings(settings).fit(latents)
     denoiser.to(device)
     average = copy.deepcopy(denoiser).requires_grad_(False)           # it will do the sampling
+    # AMBIGUOUS: its betas. OURS: PyTorch's own, (0.9, 0.999).
     optimizer = torch.optim.Adam(denoiser.parameters(), fused=True)
     return SimpleNamespace(
         step=0, model=denoiser, average=average, optimizer=optimizer, normalizer=normalizer,
@@ -201,14 +202,13 @@ def learn(settings, folder, device="cpu"):
     torch.manual_seed(settings.seed)                                  # of the initial weights
     decoder = autodecoder.AutoDecoder.from_settings(settings, dataset.n_objects)
     state = start_stage1(settings, decoder, device)
-    for loss, error in train_stage1(settings, dataset, state):
+    for loss, _ in train_stage1(settings, dataset, state):
         print(f"stage 1 | {state.step}/{settings.steps_stage1} | loss {loss:.4f}")
     torch.save(stage1_checkpoint(settings, dataset, state), f"{folder}/stage1.pt")
 
     # Photos and cameras have done their work. All that stage 2 learns from is F = G1(e).
-    trained = SimpleNamespace(autodecoder=decoder, names=dataset.names, device=device)
-    latents = sample.training_latents(trained)                        # (N, C, s, s, s)
-    torch.manual_seed(settings.seed)             # as above: other layers, so no numbers in common
+    latents = sample.training_latents(decoder, dataset.n_objects)     # (N, C, s, s, s)
+    torch.manual_seed(settings.seed)             # so stage 2 begins alike, however stage 1 was made
     denoiser = diffusion.Denoiser.from_settings(settings, decoder.latent_shape)
     state = start_stage2(settings, latents, denoiser, device)
     for loss in train_stage2(settings, state):
@@ -332,9 +332,8 @@ class AllSettings(Settings):
     body: tuple = option((), None, "half axes of the ellipsoid that a moving subject starts as")
 
 
-# The toy presets keep the paper's method, not its numbers. Rates are higher, for there are 250
-# times fewer steps.
-PRESETS["micro"] |= dict(context_dim=64, sample_steps=32, finer_at=(0.4,))
+# The toy presets keep the paper's method, not its numbers.
+PRESETS = {"micro": MICRO | dict(context_dim=64, sample_steps=32, finer_at=(0.4,))}
 # Two CPU cores, ten minutes or so. As in the paper, a latent's side is an eighth of its volume's.
 PRESETS["tiny"] = PRESETS["micro"] | dict(
     size=64, n_objects=128, n_views=24, channels=64, volume_side=32, n_samples=32, unet_channels=64,
@@ -1520,7 +1519,7 @@ def run_stage2(settings, folder, device, resume=False, latents=None, given=(), d
     settings = settings_of_stage2(settings, first, given)
     if latents is None:
         trained = sample.open_run(decoder or folder, device, stages=(1,))
-        latents = sample.training_latents(trained)
+        latents = sample.training_latents(trained.autodecoder, len(trained.names))
     replaces = decoder is not None and brings_another(decoder, folder, first, resume)
     settings, state = new_stage2(settings, latents, first, folder, device)
     path = folder / "stage2.pt"
@@ -1594,7 +1593,7 @@ def check_captions(args, found, names):
     if args.data in ("synthetic", "puppets"):
         return                                               # they come with captions
     reading = data.Reading(size=64)                          # its notes are load's to tell
-    captions = data.read_captions(Path(args.data), [one.name for one in found], reading)
+    captions = data.read_captions(Path(args.data), found, reading)
     vocabulary_of([captions.get(name) or "" for name in names])
 
 

@@ -35,8 +35,6 @@ from autodecoder import VGG19_FILE, cayley  # noqa: E402
 from data import BadInput  # noqa: E402
 
 # ---- The table: one row a claim ------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Trial:
     """One kind of run, for each of its seeds; what is not named here is as in train.py's micro."""
@@ -207,8 +205,6 @@ CLAIMS = (
 
 
 # ---- What only a claim needs ---------------------------------------------------------------------
-
-
 def make_extreme(latents, n):
     """The same latents with n of all their numbers +-1e4, as the paper met them (Fig. 9), at random
     places."""
@@ -282,7 +278,6 @@ def open_whole_volumes(folder, device, stages=(1, 2)):
 
 
 # ---- Runs: trained unless they are finished ------------------------------------------------------
-
 SAMPLES = 128                    # scored of each run, from so many sides
 SIDES_SEEN = 4
 # Scores that need no stage 2; that training writes by itself; that need points on surfaces.
@@ -418,11 +413,13 @@ def learn_diffusion(trial, seed, options):
         return
     if trial.extreme:
         trained = sample.open_run(args.out, options.device, stages=(1,))
-        latents = make_extreme(sample.training_latents(trained), trial.extreme)
+        latents = sample.training_latents(trained.autodecoder, len(trained.names))
+        latents = make_extreme(latents, trial.extreme)
         train.run_stage2(settings, args.out, options.device, latents=latents)
     elif trial.whole_volumes:
         trained = open_whole_volumes(args.out, options.device, stages=(1,))
-        latents = sample.training_latents(trained)                            # (N, 4, D, H, W)
+        # (N, 4, D, H, W): these are volumes.
+        latents = sample.training_latents(trained.autodecoder, len(trained.names))
         train.run_stage2(settings, args.out, options.device, latents=latents)
     else:
         train.run_stage2(settings, args.out, options.device)
@@ -466,8 +463,6 @@ def finish(trial, seed, scores, options):
 
 
 # ---- A row, as it is printed ---------------------------------------------------------------------
-
-
 def row_of(trial, scores, options):
     """Words for a trial: its name, and of each score "median (least to greatest)" of its seeds."""
     if lacks_file(trial, options):

@@ -45,8 +45,6 @@ matplotlib.use("Agg")                        # draw into files: no screen is nee
 import matplotlib.pyplot as plt  # noqa: E402
 
 # ---- Pictures: SSIM and LPIPS --------------------------------------------------------------------
-
-
 def ssim(a, b):
     """Structural similarity of pictures (n, 3, H, W) in [0, 1] -> (n,), 1 where they are equal.
 
@@ -140,7 +138,6 @@ def score_views(trained, dataset, lpips=None, n_samples=96, chunk=8):
 
 
 # ---- Two sets of pictures: Frechet and kernel distance (Sec. 4.1) --------------------------------
-
 N_FEATURES = 240                             # of a picture, see image_features
 INCEPTION_FEATURES = 2048
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"     # torch-fidelity's, by public name
@@ -273,6 +270,15 @@ def rendered_features(trained, volumes, dataset, views, seed=0, features=image_f
 
 
 # ---- Shapes (App. D, Eq. 3 to 5) -----------------------------------------------------------------
+def inside(part, points):
+    """Which of the points (K, 3) are inside a primitive or on it: (K,) bool."""
+    return (sums_of_sides(part, points) <= 1).all(1)
+
+
+def sums_of_sides(part, points):
+    """What each side of a primitive bounds by 1: points (K, 3) -> (K, sides)."""
+    squares = part.to_unit(points) ** 2
+    return squares @ part.sides.T if isinstance(part, data.Round) else squares
 
 
 def sample_surface(parts, n, rng):
@@ -288,12 +294,12 @@ def sample_surface(parts, n, rng):
         for part, r, rays in zip(parts, radius, rng.multinomial(4 * n, share)):
             ends = torch.from_numpy(rng.normal(size=(2, rays, 3))).float()
             start, end = r * F.normalize(ends, dim=-1)                        # (rays, 3) each
-            t = data.hit(part, part.centre + start, end - start)              # inf: missed
+            t = part.hit(part.centre + start, end - start)                    # inf: missed
             points = part.centre + start + t[:, None] * (end - start)
             points = points[t.isfinite()]
             # A hair outside: where two parts touch, neither face is on the outside of the union.
-            outside = points + 1e-4 * data.normal_at(part, points)
-            buried = [data.inside(other, outside) for other in parts]
+            outside = points + 1e-4 * part.normal_at(points)
+            buried = [inside(other, outside) for other in parts]
             found = torch.cat([found, points[~torch.stack(buried).any(0)]])
     chosen = rng.permutation(len(found))[:n]
     return found[torch.from_numpy(chosen)]
@@ -430,7 +436,6 @@ def shape_metrics(generated, reference, reference_apart=None):
 
 
 # ---- Text: is what a caption asks for there? -----------------------------------------------------
-
 COLOURS = list(data.COLOURS)
 KINDS = ("chair", "table", "car", "van", "truck")
 DETAILS = ("legs", "pedestal", "round", "slatted", "armrests", "shelf")
@@ -630,8 +635,6 @@ def score_text(trained, reader, n, steps, churn, guidance, seed):
 
 
 # ---- What moves: learned poses and parts against the true ones of puppets ------------------------
-
-
 def correlation(a, b):
     """Pearson's, of two (n,); 0 where one is constant."""
     a = a.double() - a.double().mean()
@@ -722,8 +725,6 @@ def score_motion(trained, dataset, n_samples=32):
 
 
 # ---- Cameras that were learned, of rigid objects -------------------------------------------------
-
-
 def align_world(R, true):
     """The one rotation of the world after which rotations R (F, 3, 3) are nearest to the true ones
     (Procrustes) -> (3, 3)."""
@@ -787,7 +788,6 @@ def score_poses(trained, dataset):
 
 
 # ---- All of it -----------------------------------------------------------------------------------
-
 KINDS_OF_SAMPLES = {"": "diffusion", "_direct": "direct sampling, fitted",
                     "_direct_normal": "direct sampling, N(0, I)", "_train": "training objects"}
 
@@ -849,7 +849,8 @@ def evaluate(trained, dataset, n, views, steps, churn, seed, shapes=True, baseli
     The same with _direct (embeddings drawn from a fitted Gaussian), _direct_normal (from N(0, I))
     and _train (training objects themselves: the floor). And seconds_per_sample, of the first.
     """
-    known = sample.decode(trained, sample.training_latents(trained))          # (N, C, D, H, W)
+    latents = sample.training_latents(trained.autodecoder, len(trained.names))
+    known = sample.decode(trained, latents)                                   # (N, C, D, H, W)
     known_appearance = sample.appearance(trained, known)
     volumes, seconds = volumes_to_score(trained, n, steps, churn, seed, known, baselines)
     scores = {"samples": n, "views": views, "seconds_per_sample": round(seconds, 4)}
@@ -896,7 +897,6 @@ def warn_of_few_views(views, features):
 
 
 # ---- Runs side by side ---------------------------------------------------------------------------
-
 COMPARED = ("psnr_heldout", "mask_heldout", "fd", "kd", "cov", "mmd", "nna", "memorization",
             "text_colour", "text_parts", "text_diversity", "seconds_stage1", "seconds_stage2",
             "seconds_per_sample")
@@ -1026,8 +1026,6 @@ def compare_runs(folders, path):
 
 
 # ---- Command line --------------------------------------------------------------------------------
-
-
 def parse(arguments=None):
     """Command line -> args; flags that do not go together are bad input."""
     parser = data.Parser(description="Score a trained run, or compare runs.")

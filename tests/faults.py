@@ -67,8 +67,6 @@ BOTH = f"{STAGE_1} {MADE_UP} {STAGE_2}".split()
 FLAGS = [*BOTH, "--steps", "12"]
 
 # ---- Runs that are forked ------------------------------------------------------------------------
-
-
 @dataclass
 class Ended:
     """How a run ended: exit status (-9: killed), what it printed, whether it took too long."""
@@ -176,8 +174,6 @@ def run(script, arguments, before=None, **how):
 
 
 # ---- What a folder holds -------------------------------------------------------------------------
-
-
 def content(path):
     """A hash of all of a checkpoint but its times, which no two runs share; "" where there is none;
     BadInput where it is damaged."""
@@ -257,8 +253,6 @@ def finish(reference, folder):
 
 
 # ---- Rows: each yields (what was tried, list of what did not hold) -------------------------------
-
-
 def kill_at_rename(number, is_after):
     """In a run: SIGKILL just before or after the number-th time that a file gets its name."""
     replace = os.replace
@@ -648,8 +642,6 @@ def runfiles(folder, reference, rng):
 
 
 # ---- Rows of data folders ------------------------------------------------------------------------
-
-
 def load_data():
     """In place of data.py, which also draws: loads the folder that sys.argv names."""
     data.load(sys.argv[1], 32, as_clips="--as-clips" in sys.argv)

@@ -44,8 +44,6 @@ def shake(model):
 
 
 # ---- The decoder --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_the_decoder_is_the_same_wherever_it_is_cut(train, norm):
@@ -142,7 +140,7 @@ def test_residual_block_with_a_silent_main_path_is_a_1x1x1_convolution_with_both
     block = autodecoder.ResidualBlock(3, 4, upsample=True).eval()
     torch.nn.init.zeros_(block.norm2.weight)
     x = torch.randn(1, 3, 2, 2, 2)
-    weight, bias = block.skip.weight.flatten(1), block.skip.bias
+    weight, bias = block.shortcut.weight.flatten(1), block.shortcut.bias
     expected = torch.einsum("oc,bcdhw->bodhw", weight, x) + bias.view(4, 1, 1, 1)
     for axis in (2, 3, 4):
         expected = expected.repeat_interleave(2, axis)
@@ -213,8 +211,6 @@ def test_attention_starts_as_the_identity_and_follows_a_permutation_of_the_voxel
 
 
 # ---- Settings reach the decoder -----------------------------------------------------------------
-
-
 def blocks(model):
     """Class names of what every level is made of."""
     return [[type(block).__name__ for block in level] for level in model.levels]
@@ -280,8 +276,6 @@ def test_every_setting_of_a_hash_embedding_reaches_it():
 
 
 # ---- Losses (Eq. 1 and 2) -----------------------------------------------------------------------
-
-
 def test_pyramid_loss_by_hand():
     a, b = torch.full((2, 3, 16, 16), 0.9), torch.full((2, 3, 16, 16), 0.4)
     same = autodecoder.pixels_and_gradients
@@ -303,8 +297,6 @@ def test_foreground_loss_by_hand():
 
 
 # ---- What Eq. 1 may compare ---------------------------------------------------------------------
-
-
 def vgg19_weights():
     """Random weights with the names and shapes of torchvision's whole VGG-19, classifier too."""
     generator = torch.Generator().manual_seed(0)
@@ -408,8 +400,6 @@ def test_random_features_are_the_same_from_run_to_run_and_see_structure():
 
 
 # ---- Hash embedding (Eq. 9 to 11) ---------------------------------------------------------------
-
-
 def test_hash_rows_by_hand_with_the_printed_multipliers():
     rows = HashEmbedding(20000, 512, codebooks=256, rows=256, rule="paper").row_indices(
         torch.tensor([0, 1, 12345]))
@@ -477,8 +467,6 @@ def test_hash_settings_that_cannot_be_are_refused_by_name(kw, match):
 
 
 # ---- Perspective-n-Point ------------------------------------------------------------------------
-
-
 def scene(B, K, distance=12.0, radius=1.0, flat=None, seed=0):
     """Random points in a ball (or on z = 0, or on any plane) and poses -> X, x, R, t in float64."""
     g = torch.Generator().manual_seed(seed)
@@ -693,8 +681,6 @@ def test_wrong_shapes_are_refused_by_name():
 
 
 # ---- Learned poses ------------------------------------------------------------------------------
-
-
 def blob(centre, spread=0.15, side=64):
     """A Gaussian picture (side, side) around centre (x, y) in half widths, y down; it sums to 1."""
     middles = (torch.arange(side, dtype=F64) + 0.5) * 2 / side - 1
@@ -809,8 +795,6 @@ def test_every_setting_of_the_pose_network_reaches_it(name, value, look, usual, 
 
 
 # ---- The decoder of what moves ------------------------------------------------------------------
-
-
 def moving(parts=4, **kw):
     """A moving decoder of 3 objects, 16^3, latent 4^3."""
     torch.manual_seed(0)
@@ -869,7 +853,7 @@ def test_a_level_that_has_not_come_in_smooths_and_at_full_share_is_itself():
     ramp = torch.arange(8.0)[:, None, None].expand(1, 8, 8, 8, 8)
     rows = autodecoder.faded(level, ramp, torch.tensor(0.0))[0, :, 1:-1]
     steps = rows.diff(dim=1)
-    slope = level[0].skip(ramp).diff(dim=2)[:, :, :1, :1, :1] / 2
+    slope = level[0].shortcut(ramp).diff(dim=2)[:, :, :1, :1, :1] / 2
     torch.testing.assert_close(steps, slope[0].expand_as(steps), rtol=1e-4, atol=1e-5)
     half = autodecoder.faded(level, x, torch.tensor(0.5))
     torch.testing.assert_close(half, (coarse + level(x)) / 2)

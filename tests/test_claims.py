@@ -26,8 +26,6 @@ def name_of(trial):
 
 
 # ---- The table -----------------------------------------------------------------------------------
-
-
 def test_there_are_fifteen_claims_in_order():
     assert [claim.number for claim in claims.CLAIMS] == list(range(1, 16))
 
@@ -68,8 +66,6 @@ def test_only_what_the_scores_need_is_done(scores, is_sampled, baselines, shapes
 
 
 # ---- What only a claim needs ---------------------------------------------------------------------
-
-
 def test_as_many_numbers_become_extreme_as_asked_for_and_robust_normalization_does_not_see_them():
     latents = torch.randn(50, 8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     extreme = claims.make_extreme(latents, 10)
@@ -97,7 +93,6 @@ def test_shaken_cameras_turn_about_the_object_by_the_angle_asked_for_and_heldout
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
-
 SMALL = ("--n-objects 4 --n-views 6 --size 16 --volume-side 8 --latent-side 4 --embed-dim 16 "
          "--channels 16 --n-samples 8 --finer-at= --steps-stage1 2 --unet-channels 16 "
          "--unet-attention 4 --batch-size 4 --steps-stage2 2 --sample-steps 2")
@@ -195,9 +190,9 @@ def test_whole_volumes_are_the_decoders_own_before_the_activations(tmp_path):
     try_claim(tmp_path, ("psnr_heldout",), Trial("run", SMALL, seeds=(0,)))
     plain = sample.open_run(tmp_path / "run-0", stages=(1,))
     whole = claims.open_whole_volumes(tmp_path / "run-0", "cpu", stages=(1,))
-    raw = sample.training_latents(whole)
+    raw = sample.training_latents(whole.autodecoder, len(whole.names))
     assert raw.shape == (4, 4, 8, 8, 8) and whole.autodecoder.latent_shape == (4, 8, 8, 8)
-    expected = sample.decode(plain, sample.training_latents(plain))
+    expected = sample.decode(plain, sample.training_latents(plain.autodecoder, len(plain.names)))
     torch.testing.assert_close(sample.decode(whole, raw), expected)
     assert sample.latent_noise(whole, 2, 0).shape == (2, 4, 8, 8, 8)
 
@@ -225,8 +220,6 @@ def test_a_trial_whose_weights_are_not_there_says_so(tmp_path, capsys):
 
 
 # ---- Command line --------------------------------------------------------------------------------
-
-
 def test_the_list_has_every_claim_and_every_trial(capsys, tmp_path):
     claims.main(["--list", "--out", str(tmp_path / "runs")])
     printed = capsys.readouterr().out

@@ -20,6 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+import evaluate  # noqa: E402
 from data import BadInput, box, cylinder  # noqa: E402
 from render import orbit, project  # noqa: E402
 
@@ -34,7 +35,7 @@ RED, GREEN, BLUE = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
 # ---------------------------------------------------------------- primitives, closed forms
 def shoot(part, origin, direction):
     """The distance at which one ray enters the part."""
-    return data.hit(part, torch.tensor([origin]), torch.tensor([direction])).item()
+    return part.hit(torch.tensor([origin]), torch.tensor([direction])).item()
 
 
 def test_a_ray_enters_a_box_at_a_known_distance():
@@ -64,7 +65,7 @@ def test_a_ray_enters_a_ball_at_a_known_distance_and_its_normal_points_out():
     z = 2 * (1 - 0.6**2) ** 0.5                          # x = 0.3 is 0.6 half axes off
     assert shoot(part, [1.3, 0, 9], [0.0, 0, -1]) == pytest.approx(9 - z, abs=1e-5)
     assert shoot(part, [1.3, 0.41, 9], [0.0, 0, -1]) == np.inf
-    normal = data.normal_at(part, torch.tensor([[1.3, 0, z]]))
+    normal = part.normal_at(torch.tensor([[1.3, 0, z]]))
     gradient = torch.tensor([[0.3 / 0.5**2, 0, z / 2**2]])
     torch.testing.assert_close(normal, gradient / gradient.norm())
 
@@ -80,18 +81,18 @@ def test_normals_point_out_of_the_face_that_is_nearest():
     part = box((1, 0, 0), (1, 2, 3), WHITE)
     points = torch.tensor([[2.0, 1.5, 2.5], [0.5, -2, 1], [0.2, 0.3, 3]])
     expected = torch.tensor([[1.0, 0, 0], [0, -1, 0], [0, 0, 1]])
-    torch.testing.assert_close(data.normal_at(part, points), expected)
+    torch.testing.assert_close(part.normal_at(points), expected)
     part = cylinder((0, 0, 0), 2, 1, WHITE)
     points = torch.tensor([[2 * 0.6, 0.5, 2 * 0.8], [0.1, 1, 0.1]])
     expected = torch.tensor([[0.6, 0, 0.8], [0, 1, 0]])
-    torch.testing.assert_close(data.normal_at(part, points), expected)
+    torch.testing.assert_close(part.normal_at(points), expected)
 
 
 def test_inside_is_what_satisfies_every_side():
     points = torch.tensor([[0.9, 0.9, 0.9], [0.9, 0.9, 0], [0.6, 0.6, 0.5], [0, 1.1, 0]])
-    boxed = data.inside(box((0, 0, 0), (1, 1, 1), WHITE), points)
-    standing = data.inside(cylinder((0, 0, 0), 1, 1, WHITE), points)
-    round_ = data.inside(data.ball((0, 0, 0), (1, 1, 1), WHITE), points)
+    boxed = evaluate.inside(box((0, 0, 0), (1, 1, 1), WHITE), points)
+    standing = evaluate.inside(cylinder((0, 0, 0), 1, 1, WHITE), points)
+    round_ = evaluate.inside(data.ball((0, 0, 0), (1, 1, 1), WHITE), points)
     assert boxed.tolist() == [True, True, True, False]
     assert standing.tolist() == [False, True, True, False]
     assert round_.tolist() == [False, False, True, False]
@@ -215,7 +216,7 @@ def test_a_chair_differs_from_that_of_the_second_reading_in_its_legs_alone():
         full, _, details = data.make_any_chair(np.random.default_rng(seed))
         n_pedestals += "pedestal" in details[0]
         assert torch.equal(plain[0].centre, full[0].centre) and plain[0].colour == full[0].colour
-        assert {len(part.sides) for part in plain} == {3}
+        assert {type(part) for part in plain} == {data.Box}
         on_floor = [part for part in plain if data.corners(part)[:, 1].min().abs() < 1e-6]
         assert on_floor == plain[1:5] and all(part.colour == plain[1].colour for part in on_floor)
     assert 0 < n_pedestals < 20
@@ -289,9 +290,9 @@ def test_captions_name_the_parts_that_are_there():
         parts, noun, details = data.make_table(np.random.default_rng(seed))
         details = " ".join(details)
         expected = 1 + (2 if "pedestal" in details else 4) + ("shelf" in details)
-        assert len(parts) == expected and (len(parts[0].sides) == 2) == ("round" in noun)
+        assert len(parts) == expected and isinstance(parts[0], data.Round) == ("round" in noun)
         parts, noun, details = data.make_vehicle(np.random.default_rng(seed))
-        wheels = [part for part in parts if len(part.sides) == 2]
+        wheels = [part for part in parts if isinstance(part, data.Round)]
         assert len(wheels) == 4 and details[-1] == "black wheels"
         assert len(parts) == 9 + ("truck" in noun) and len(details) == 1 + ("truck" in noun)
 
@@ -384,7 +385,7 @@ def test_a_puppets_left_is_at_plus_x_and_its_feet_stand_on_one_floor():
         for a, b in zip(parts[left], parts[right], strict=True):
             assert a.centre[0] > 0 and torch.equal(a.centre * torch.tensor([-1, 1, 1]), b.centre)
     for limb in (2, 3, 4, 5):
-        assert data.inside(parts[limb][0], joints[limb][None])       # it is joined where it begins
+        assert evaluate.inside(parts[limb][0], joints[limb][None])   # it is joined where it begins
     for leg in (4, 5):
         lowest = min(data.corners(part)[:, 1].min().item() for part in parts[leg])
         assert lowest == pytest.approx(-0.85, abs=1e-6)
@@ -748,8 +749,9 @@ def test_absent_frames_and_absent_masks_are_skipped_and_counted(shots, tmp_path)
     (tmp_path / "masks" / "000.png").unlink()
     d = data.load(tmp_path, 32)
     assert len(d.images) == 8
-    assert d.skipped == ["4 views left out: images/000.png: no mask; images/002.png: no such file; "
-                         "images/005.png: no such file; ..."]
+    assert d.skipped == ["4 views left out: images/000.png: no mask, or one that is white "
+                         "everywhere; images/002.png: no such file; images/005.png: no such file; "
+                         "..."]
 
 
 @pytest.mark.parametrize("place", ["masks_8/a.jpg", "masks_8/a.png", "masks_8/a.jpg.png",
@@ -945,7 +947,7 @@ def test_captions_are_read_from_three_places_and_bad_ones_left_out_by_name(shots
     write_transforms(tmp_path / "chair", few[0][..., :3], *few[1:])      # it has no masks
     d = data.load(tmp_path, 16)
     assert d.names == ["lamp", "vase"] and d.captions == ["the last word", "a vase"]
-    assert d.skipped[0].startswith("4 views left out: chair/images/000.png: no mask; ")
+    assert d.skipped[0].startswith("4 views left out: chair/images/000.png: no mask, ")
     assert d.skipped[1].startswith("1 object left out: chair: 0 usable views")
     write_transforms(tmp_path / "chair", *few)
     assert data.load(tmp_path, 16).captions == ["a better chair", "the last word", "a vase"]
@@ -1191,13 +1193,27 @@ def test_unknown_background_is_a_straight_line_between_what_its_row_knows():
     assert (background[1] == 7).all()
 
 
-def test_a_shrunk_frame_is_the_mean_of_squares_and_opaque_without_a_mask():
-    frame = np.arange(7 * 9 * 3, dtype=np.uint8).reshape(7, 9, 3)
-    small = data.shrink(frame, 3)                        # 7 // 3: divided by 2
-    assert small.shape == (3, 4, 4) and (small[..., 3] == 255).all()
-    mean = frame[2:4, 4:6].astype(float).mean((0, 1))
+def test_a_reduced_frame_is_the_mean_of_squares_and_opaque_without_a_mask():
+    frame = np.full((7, 9, 4), 255, np.uint8)
+    frame[..., :3] = np.arange(7 * 9 * 3, dtype=np.uint8).reshape(7, 9, 3)
+    small, factor = data.reduce(frame, 3)                # 7 // 3: divided by 2
+    assert factor == 2 and small.shape == (3, 4, 4) and (small[..., 3] == 255).all()
+    mean = frame[2:4, 4:6, :3].astype(float).mean((0, 1))
     assert np.abs(small[1, 2, :3] - mean).max() <= 0.5
-    assert data.shrink(frame, 20).shape == (7, 9, 4)     # never enlarged
+    same, factor = data.reduce(frame, 20)                # never enlarged
+    assert same is frame and factor == 1
+
+
+def test_a_large_clips_background_does_not_bleed_into_its_frames(tmp_path):
+    frames = np.zeros((4, 128, 128, 4), np.uint8)
+    frames[..., :3] = [0, 250, 0]                        # the background, green
+    for i, frame in enumerate(frames):
+        frame[31 + i:95 + i, 31:95] = [250, 0, 0, 255]   # somebody, red
+        iio.imwrite(tmp_path / f"{i}.png", frame)
+    clip = data.read_clip(tmp_path, data.Reading(size=16))
+    assert clip.shape == (4, 32, 32, 4)
+    inside = clip[clip[..., 3] > 0]
+    assert (inside[:, 3] < 255).any() and inside[:, 1].max() == 0
 
 
 def test_a_strip_is_cropped_once_for_the_whole_clip_and_fills_the_frame(tmp_path):
@@ -1844,12 +1860,202 @@ def test_large_photos_are_reduced_by_a_whole_number_and_only_what_is_masked_coun
     photo = np.zeros((6, 9, 4), np.uint8)
     photo[..., :3] = 250                                 # the background
     photo[2, 2] = [30, 60, 90, 255]
-    small, camera = data.reduce_photo(photo, np.array([9.0, 6, 4.5, 3]), 2)
-    assert small.shape == (2, 3, 4) and camera.tolist() == [3, 2, 1.5, 1]
+    small, factor = data.reduce(photo, 2)
+    assert small.shape == (2, 3, 4) and factor == 3
     assert small[0, 0].tolist() == [30, 60, 90, 28]      # a ninth of 255
     assert small[1:, :, 3].max() == 0
-    same, _ = data.reduce_photo(photo, camera, 4)
+    same, _ = data.reduce(photo, 4)
     assert same is photo
+
+
+def test_the_camera_of_a_reduced_photo_is_reduced_with_it(shots, tmp_path):
+    rgba, poses, camera = shots[0][:6], shots[1][:6], shots[2]
+    write_transforms(tmp_path / "small", rgba, poses, camera)
+    large = rgba.repeat(4, 1).repeat(4, 2)
+    write_transforms(tmp_path / "large", large, poses, 4 * camera, w=4 * SIDE, h=4 * SIDE)
+    small = data.load(tmp_path / "small", 12)            # 96 pixels: as they are
+    large = data.load(tmp_path / "large", 12)            # 384, of which 8 x 12 are enough
+    torch.testing.assert_close(large.intrinsics, small.intrinsics)
+    assert torch.equal(large.images, small.images)
+
+
+def test_a_mask_that_is_listed_and_absent_is_not_replaced_by_the_photo(shots, tmp_path):
+    rgba, poses, camera = shots
+    write_transforms(tmp_path, rgba, poses, camera)
+    whole = json.loads((tmp_path / "transforms.json").read_text())
+    whole["frames"][3]["mask_path"] = "masks/003.png"    # there is images/003.png
+    (tmp_path / "transforms.json").write_text(json.dumps(whole))
+    dataset = data.load(tmp_path, 16)
+    assert dataset.skipped == ["1 view left out: masks/003.png: no such file"]
+
+
+@pytest.mark.parametrize("elevation", [50, 70])
+def test_cameras_above_on_one_side_keep_the_up_that_the_layout_has(elevation, tmp_path):
+    azimuth = torch.linspace(-0.6, 0.6, 8, dtype=torch.float64)
+    height = torch.full_like(azimuth, np.radians(elevation))
+    poses = orbit(azimuth, height, 5.0)
+    poses[:, :3, 3] += CENTRE
+    camera = torch.tensor([1.6, 1.6, 0.5, 0.5])
+    rgba = photograph(poses.float(), camera)
+    write_transforms(tmp_path, rgba, poses.numpy(), camera.double().numpy() * SIDE)
+    dataset = data.load(tmp_path, 32)
+    assert not any("upright" in remark for remark in dataset.remarks)
+    up = dataset.cam2world[:, 1, 1]                      # of the cameras, along the world's y
+    torch.testing.assert_close(up, height.cos().float(), rtol=0, atol=0.02)
+
+
+def test_colmap_names_that_end_in_numbers_and_spaces_are_names(shots, tmp_path):
+    write_colmap_text(tmp_path, *shots)
+    folder = tmp_path / "chair" / "obj7"
+    path = folder / "sparse" / "0" / "images.txt"
+    text = path.read_text().replace("003.png", "1 (3).png").replace("004.png", "2023 01.png")
+    path.write_text(text)
+    for kind in ("images", "masks"):
+        (folder / kind / "003.png").rename(folder / kind / "1 (3).png")
+        (folder / kind / "004.png").rename(folder / kind / "2023 01.png")
+    dataset = data.load(tmp_path, 16)
+    assert len(dataset.images) == 12 and dataset.skipped == []
+
+
+def test_a_mask_that_vanishes_when_it_is_reduced_costs_its_view_alone(shots, tmp_path):
+    rgba = shots[0].repeat(4, 1).repeat(4, 2)
+    rgba[2, ..., 3] = 0
+    rgba[2, ::40, ::40, 3] = 255                         # specks
+    write_transforms(tmp_path, rgba, shots[1], 4 * shots[2], w=4 * SIDE, h=4 * SIDE)
+    dataset = data.load(tmp_path, 12)
+    assert len(dataset.images) == 11
+    assert "images/002.png: its mask is empty" in dataset.skipped[0]
+
+
+def test_suffixes_may_be_other_than_listed(shots, tmp_path):
+    write_transforms(tmp_path, *shots, masks="masks")
+    whole = json.loads((tmp_path / "transforms.json").read_text())
+    for frame in whole["frames"]:
+        frame["file_path"] += ".PNG"                     # the files' is .png
+    (tmp_path / "transforms.json").write_text(json.dumps(whole))
+    for path in (tmp_path / "masks").iterdir():
+        path.rename(path.with_suffix(".PNG"))
+    assert len(data.load(tmp_path, 16).images) == 12
+
+
+def test_clips_beside_photos_and_pictures_beside_videos_are_named(shots, tmp_path):
+    write_transforms(tmp_path / "photos" / "a", *shots)
+    frames, masks = made_clip()
+    for name in ("a.gif", "b.gif"):
+        (tmp_path / "photos" / "clips").mkdir(exist_ok=True)
+        iio.imwrite(tmp_path / "photos" / "clips" / name, frames)
+    dataset = data.load(tmp_path / "photos", 16)
+    assert dataset.skipped == ["2 videos left out: clips/a.gif ...: there are photos with cameras"]
+    folder = tmp_path / "video"
+    folder.mkdir()
+    iio.imwrite(folder / "walk.mkv", frames, fps=10, codec="libx264")
+    iio.imwrite(folder / "still.png", frames[0])
+    dataset = data.load(folder, 16, as_clips=True)
+    assert dataset.names == ["walk"] and "still.png" not in dataset.names
+    assert any("1 picture left out" in line for line in dataset.skipped)
+
+
+def test_coils_objects_of_two_folders_have_two_names(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        write_coil(tmp_path / part)
+    names = data.load(tmp_path, 16).names
+    assert names == ["test/obj3", "train/obj3"]
+    assert data.load(tmp_path / "test", 16).names == ["obj3"]
+
+
+def test_a_large_strip_is_refused_for_its_size_and_in_one_line(tmp_path, recwarn):
+    iio.imwrite(tmp_path / "strip.png", np.zeros((1000, 95_000), np.uint8))
+    assert data.is_moving(tmp_path, as_clips=True)
+    with pytest.raises(BadInput, match="strip.png: 95000x1000 pixels; .* --max-megapixels"):
+        data.load(tmp_path, 16, as_clips=True)
+    assert len(recwarn) == 0
+
+
+def test_a_npy_with_another_name_is_no_layout(shots, tmp_path):
+    write_transforms(tmp_path / "a", *shots)
+    np.save(tmp_path / "ids.npy", np.arange(5))
+    assert data.load(tmp_path, 16).names == ["a"]
+
+
+def test_text_files_may_begin_with_windows_mark(shots, tmp_path):
+    write_transforms(tmp_path / "a", *shots)
+    path = tmp_path / "a" / "transforms.json"
+    path.write_text("\ufeff" + path.read_text(), encoding="utf-8")
+    (tmp_path / "captions.txt").write_text("\ufeffa: a scene", encoding="utf-8")
+    assert data.load(tmp_path, 16).captions == ["a scene"]
+
+
+def test_a_folder_that_may_not_be_read_costs_no_other(shots, tmp_path, monkeypatch):
+    write_transforms(tmp_path / "a", *shots)
+    (tmp_path / "lost+found").mkdir()
+    listing = data.listing
+
+    def guarded(folder):
+        if folder.name == "lost+found":
+            raise PermissionError(f"{folder}: permission denied")
+        return listing(folder)
+
+    monkeypatch.setattr(data, "listing", guarded)
+    dataset = data.load(tmp_path, 16)
+    assert dataset.names == ["a"] and "1 folder left out: lost+found" in dataset.skipped[0]
+
+
+def test_a_damaged_first_photo_of_llff_costs_its_view_alone(shots, tmp_path):
+    write_llff(tmp_path, *shots)
+    (tmp_path / "images_2" / "000.png").write_bytes(b"no picture")
+    assert len(data.load(tmp_path, 16).images) == 11
+
+
+def test_a_refused_coil_object_gives_its_own_reason(tmp_path):
+    write_coil(tmp_path)
+    for path in list(tmp_path.glob("obj3__*"))[2:]:
+        path.unlink()
+    for angle in (0, 5, 10, 15):
+        iio.imwrite(tmp_path / f"obj2__{angle}.png", np.zeros((128, 128, 3), np.uint8))
+    with pytest.raises(BadInput) as refusal:
+        data.load(tmp_path, 16)
+    [reason] = [line for line in str(refusal.value).split("; ") if "obj3__" in line]
+    assert "2 usable views" in reason and "obj2" not in reason
+
+
+def test_a_photo_that_exif_turns_and_whose_size_is_not_told_is_left_out(shots, tmp_path):
+    write_transforms(tmp_path, *shots, masks="masks")
+    whole = json.loads((tmp_path / "transforms.json").read_text())
+    del whole["w"], whole["h"]
+    (tmp_path / "transforms.json").write_text(json.dumps(whole))
+    write_exif(tmp_path / "images" / "000.jpg", shots[0][0, ..., :3], 6)
+    (tmp_path / "images" / "000.png").unlink()
+    [line] = data.load(tmp_path, 16).skipped
+    assert "images/000.jpg: its EXIF orientation, 6, turns it" in line
+
+
+def test_one_object_may_have_its_caption_beside_its_cameras(shots, tmp_path):
+    write_transforms(tmp_path, *shots)
+    (tmp_path / "caption.txt").write_text("a scene")
+    dataset = data.load(tmp_path, 16)
+    assert dataset.captions == ["a scene"]
+    assert "captions  1, the first: a scene" in data.describe(dataset)
+
+
+def test_a_pose_that_is_transposed_is_left_out_for_that(shots, tmp_path):
+    poses = shots[1].copy()
+    poses[4] = poses[4].T                                # its rotation is one, too
+    write_transforms(tmp_path, shots[0], poses, shots[2])
+    [line] = data.load(tmp_path, 16).skipped
+    assert "images/004.png: the last row of its pose is not 0 0 0 1" in line
+
+
+def test_a_picture_that_is_no_strip_is_refused_as_a_clip(tmp_path):
+    iio.imwrite(tmp_path / "portrait.png", np.zeros((100, 40, 3), np.uint8))
+    with pytest.raises(BadInput, match="portrait.png: no strip of four or more square frames"):
+        data.load(tmp_path / "portrait.png", 16, as_clips=True)
+
+
+def test_names_are_shortened_where_they_begin_with_the_folder_and_nowhere_else():
+    reading = data.Reading(size=64, root="/data")
+    assert reading.shortened("/data/scene/data/a.png: bad") == "scene/data/a.png: bad"
+    assert data.Reading(size=64).shortened("a/b: bad") == "a/b: bad"
 
 
 def test_small_files_that_ask_for_much_are_refused_before_they_get_it(tmp_path):

@@ -62,8 +62,6 @@ def modules_of(model, kind):
 
 
 # ---- Preconditioning and loss -------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("sigma, expected", [
     (0.5, (1 / 2, 0.125**0.5, 2**0.5, math.log(0.5) / 4)),
     (2.0, (1 / 17, 1 / 4.25**0.5, 1 / 4.25**0.5, math.log(2) / 4))])
@@ -152,8 +150,6 @@ def test_the_losss_noise_is_its_generators():
 
 
 # ---- The network --------------------------------------------------------------------------------
-
-
 def test_a_new_denoiser_is_c_skip_x_the_best_guess_without_knowledge():
     x, sigma = normal(2, 3, 4, 4, 4), torch.tensor([0.5, 2.0], dtype=F64)
     expected = x * volumes(torch.tensor([1 / 2, 1 / 17], dtype=F64))
@@ -325,7 +321,6 @@ def test_every_weight_learns_those_behind_the_skip_connections_and_of_the_text_t
 
 
 # ---- From settings ------------------------------------------------------------------------------
-
 SETTINGS = dict(text=False, unet_channels=8, unet_multipliers=(1, 2), unet_depth=1,
                 unet_attention=(4, 2), sigma_data=0.5, context_dim=16, transformer_depth=1)
 OF_DENOISER = [("unet_channels", "channels", 16), ("unet_multipliers", "multipliers", (2, 3)),
@@ -373,8 +368,6 @@ def test_build_denoiser_knows_text_if_and_only_if_the_settings_ask_for_it():
 
 
 # ---- The sampler (Algorithm 2) ------------------------------------------------------------------
-
-
 def test_sigma_steps_go_from_sigma_max_to_sigma_min_and_then_zero():
     sigma = sigma_steps(18)
     assert sigma.shape == (19,) and sigma.dtype == F64 and sigma[-1] == 0
@@ -426,29 +419,26 @@ def test_one_step_is_the_denoisers_answer_at_sigma_max():
     torch.testing.assert_close(x, 3 + 0.25 / (0.25 + 6400) * (80 * noise - 3))
 
 
-def test_the_state_is_float64_the_noise_is_scaled_and_watch_sees_every_step():
-    seen, watched = [], []
+def test_the_state_is_float64_the_noise_is_scaled_and_sigma_falls_as_it_should():
+    seen = []
 
     def denoise(x, sigma):
-        seen.append((x.dtype, type(sigma), x.std().item()))
+        seen.append((x.dtype, type(sigma), x.std().item(), sigma))
         return torch.full_like(x, 4.0)
 
-    def watch(step, sigma, denoised):
-        watched.append((step, sigma, denoised))
-    out = edm_sampler(denoise, normal(5000).float(), 5, S_churn=0, sigma_max=20, watch=watch)
+    out = edm_sampler(denoise, normal(5000).float(), 5, S_churn=0, sigma_max=20)
     assert out.dtype == F64 and (out - 4).abs().max() < 1e-12
-    assert all(dtype == F64 and kind is float for dtype, kind, _ in seen)
+    assert all(dtype == F64 and kind is float for dtype, kind, *_ in seen)
     assert len(seen) == 9                                              # 2 a step, 1 in the last
     assert seen[0][2] == pytest.approx(20, rel=0.03)
-    steps, sigmas, guesses = zip(*watched)
-    assert steps == (0, 1, 2, 3, 4)
-    assert sigmas == pytest.approx(sigma_steps(5, sigma_max=20)[:-1].tolist())
-    assert all((guess == 4).all() for guess in guesses)
+    sigmas = sigma_steps(5, sigma_max=20).tolist()
+    begins, ends = seen[0::2], seen[1::2]
+    assert [sigma for *_, sigma in begins] == pytest.approx(sigmas[:-1])
+    assert [sigma for *_, sigma in ends] == pytest.approx(sigmas[1:-1])
 
 
-def churned(seed, watch=None, **settings):
-    return edm_sampler(gaussian_denoiser(0.5), normal(50), 8, generator=seeded(seed), watch=watch,
-                       **settings)
+def churned(seed, denoise=gaussian_denoiser(0.5), **settings):
+    return edm_sampler(denoise, normal(50), 8, generator=seeded(seed), **settings)
 
 
 def test_churn_repeats_from_its_generator_and_stays_within_its_range():
@@ -462,8 +452,15 @@ def test_churn_repeats_from_its_generator_and_stays_within_its_range():
 
 @pytest.mark.parametrize("S_churn, gamma", [(2, 2 / 8), (20, math.sqrt(2) - 1)])    # 20 / 8 is cut
 def test_churn_raises_sigma_by_its_share_of_a_step_at_most_to_sqrt_2_times(S_churn, gamma):
-    levels = []
-    churned(0, S_churn=S_churn, S_min=1, S_max=50, watch=lambda i, sigma, D: levels.append(sigma))
+    asked = []
+
+    def denoise(x, sigma):
+        asked.append(sigma)
+        return torch.zeros_like(x)
+
+    churned(0, denoise, S_churn=S_churn, S_min=1, S_max=50)
+    levels = asked[0::2]                               # of Heun's two, the one at a step's begin
+    assert len(levels) == 8
     for level, sigma in zip(levels, sigma_steps(8).tolist()):
         inside = 1 <= sigma <= 50
         assert level / sigma - 1 == pytest.approx(gamma if inside else 0, abs=1e-12)
@@ -501,8 +498,6 @@ def test_with_a_generator_each_an_object_is_the_same_however_many_others_there_a
 
 
 # ---- Averaged weights ---------------------------------------------------------------------------
-
-
 def test_ema_forgets_half_in_its_half_life_and_the_random_start_at_once():
     model = nn.Linear(2, 2, bias=False).double()
     average = copy.deepcopy(model)
@@ -520,7 +515,6 @@ def test_ema_forgets_half_in_its_half_life_and_the_random_start_at_once():
 
 
 # ---- Text in the U-Net --------------------------------------------------------------------------
-
 WORDS = ["a", "blue", "chair", "legs", "red", "with"]
 
 
@@ -585,8 +579,6 @@ def test_the_loss_teaches_the_denoisers_own_word_encoder():
 
 
 # ---- Guidance -----------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def test_guidance_is_linear_in_its_weight_and_exact_at_0_and_1():
     model, encode = tiny_text(context_dim=16).double(), encoder().double()
@@ -626,8 +618,6 @@ def test_guidance_calls_the_network_once_a_step():
 
 
 # ---- Text encoders ------------------------------------------------------------------------------
-
-
 def encoder(seed=0):
     torch.manual_seed(seed)
     return diffusion.WordEncoder(WORDS, 16).eval()

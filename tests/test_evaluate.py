@@ -43,8 +43,6 @@ def refused(call, *words):
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
-
-
 def test_ssim_is_one_for_equal_pictures_and_negative_for_a_picture_and_its_negative():
     picture = uniform(2, 3, 24, 24)
     torch.testing.assert_close(evaluate.ssim(picture, picture), torch.ones(2))
@@ -153,8 +151,6 @@ def test_inception_reads_numbers_only(tmp_path, monkeypatch):
 
 
 # ---- Two sets of pictures ------------------------------------------------------------------------
-
-
 def exact_features(n, mean, covariance, seed=0):
     """n feature vectors whose mean and (n - 1) covariance are exactly as asked."""
     x = normal(n, len(mean), seed=seed)
@@ -243,8 +239,6 @@ def test_image_features_tell_pictures_apart_but_not_chunks():
 
 
 # ---- Shapes --------------------------------------------------------------------------------------
-
-
 def chamfer(x, y):
     """Eq. 3, written out."""
     square = (x[:, None] - y).square().sum(-1)
@@ -358,8 +352,7 @@ def test_no_point_lies_where_two_parts_touch():
 
 def how_far_out(part, points):
     """1 on the surface of a primitive, less inside: the largest of its sides' sums of squares."""
-    squares = data.to_unit(part, points).square()
-    return (squares @ part.sides.T).amax(1).sqrt()
+    return evaluate.sums_of_sides(part, points).amax(1).sqrt()
 
 
 def test_points_on_built_in_objects_are_on_some_part_and_inside_none():
@@ -377,8 +370,6 @@ def test_points_on_built_in_objects_are_on_some_part_and_inside_none():
 
 
 # ---- Text ----------------------------------------------------------------------------------------
-
-
 def test_what_a_caption_asks_for_is_read_from_its_words():
     caption = "an orange round table with blue legs and a shelf"
     assert evaluate.asked_for(caption) == (["orange", "blue"], {"round", "table", "legs", "shelf"})
@@ -479,8 +470,6 @@ def test_the_reader_reads_what_true_objects_have_and_invents_nothing(tmp_path):
 
 
 # ---- What moves, and cameras ---------------------------------------------------------------------
-
-
 def pose_network(dataset, cameras):
     """A pose network that knows every frame of a dataset by heart: pictures -> (cameras, ...)."""
     size = dataset.images.shape[1]
@@ -585,8 +574,6 @@ def test_correlation_is_pearsons():
 
 
 # ---- Runs side by side ---------------------------------------------------------------------------
-
-
 def write_run(folder, settings, **numbers):
     """A run of which nothing but metrics.json is left -> its path."""
     folder.mkdir()
@@ -656,8 +643,6 @@ def test_a_run_without_numbers_cannot_be_compared(tmp_path, content):
 
 
 # ---- Command line --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("arguments, words", [
     ("--n 8", "8 samples x 10 views|--n 25"),
     ("--n 1 --views 300", "1 samples|--n 2"),

@@ -47,8 +47,6 @@ def moved(camera, axis, angle, shift):
 
 
 # ---- Eq. 6 and 7 along one ray ------------------------------------------------------------------
-
-
 def test_homogeneous_slab_obeys_beer_lambert_however_it_is_cut():
     cuts = torch.rand(5, 20, dtype=F64, generator=torch.Generator().manual_seed(0)).sort(1).values
     ends = torch.tensor([[0.0, 1.0]], dtype=F64).expand(5, 2)
@@ -98,8 +96,6 @@ def test_the_thinnest_fog_is_not_rounded_to_nothing(dtype, rel):
 
 
 # ---- Cameras ------------------------------------------------------------------------------------
-
-
 def test_orbit_looks_at_the_origin_with_y_up_and_azimuth_from_front_to_right():
     for azimuth, elevation, place in [(0, 0, (0, 0, 3)), (math.pi / 2, 0, (3, 0, 0)),
                                       (math.pi, 0, (0, 0, -3)),
@@ -192,8 +188,6 @@ def test_box_interval_of_hit_miss_inside_and_parallel(o, d, near, far):
 
 
 # ---- Voxels -------------------------------------------------------------------------------------
-
-
 def test_a_linear_volume_is_reproduced_exactly_between_voxel_centres():
     x, y, z = voxel_centres(6, 8, 10)
     volume = torch.stack([x, y, z, 1 + 2 * x - 3 * y + 4 * z])[None]
@@ -236,8 +230,6 @@ def test_uphill_is_one_long_however_steep_it_is():
 
 
 # ---- Whole pictures -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("view, n", [((0, 0), 4), ((0, math.pi / 2), 6), ((math.pi / 2, 0), 8)])
 def test_rendered_slab_obeys_beer_lambert_along_z_y_and_x(view, n):
     """Half a voxel at each face fades from c / 2 to c: a path of 2 - 1 / (2 n) at full c."""
@@ -505,8 +497,6 @@ def test_wrong_shapes_are_refused_by_name(blob):
 
 
 # ---- Moving parts -------------------------------------------------------------------------------
-
-
 def test_one_moving_part_is_a_moving_camera():
     camera, lens = cameras((0.4, 0.3), (2.0, -0.2))
     rigid = render.render_geometry(random_volume(), camera, lens, 9, 12)

@@ -110,8 +110,6 @@ def generator(seed=0):
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
-
-
 def test_a_run_is_rebuilt_with_the_weights_that_were_saved(folder):
     for trained in (sample.load_run(folder), sample.open_run(folder)):
         saved = torch.load(folder / "stage1.pt", weights_only=True)
@@ -130,7 +128,8 @@ def test_a_run_opened_for_stage_1_alone_needs_no_stage_2(folder):
     (folder / "stage2.pt").unlink()
     trained = sample.open_run(folder, stages=(1,))
     assert not hasattr(trained, "denoiser") and trained.encode is None
-    assert sample.decode(trained, sample.training_latents(trained)).shape == (3, 4, 16, 16, 16)
+    latents = sample.training_latents(trained.autodecoder, 3)
+    assert sample.decode(trained, latents).shape == (3, 4, 16, 16, 16)
 
 
 def test_a_missing_checkpoint_is_bad_input_that_says_what_to_run(tmp_path):
@@ -260,8 +259,6 @@ def test_networks_are_in_their_mode_again_after_pictures_were_drawn(folder):
 
 
 # ---- Devices -------------------------------------------------------------------------------------
-
-
 def test_a_device_that_is_not_there_is_bad_input():
     refused(lambda: sample.choose_device("gpu"), "--device gpu", "--device cpu")
     refused(lambda: sample.choose_device("meta"), "--device meta")
@@ -285,8 +282,6 @@ def test_nothing_is_imported_that_one_system_alone_has():
 
 
 # ---- Noise -> latents -> volumes -----------------------------------------------------------------
-
-
 def test_no_stream_repeats_the_numbers_that_embeddings_start_with():
     # With e ~ N(0, I) drawn like the initial table, "random" embeddings decode to training objects.
     torch.manual_seed(0)
@@ -337,7 +332,7 @@ def test_latents_of_an_untrained_denoiser_are_the_gaussian_it_assumes_denormaliz
 
 def test_volumes_are_what_the_decoder_makes_of_latents(folder):
     trained = sample.open_run(folder)
-    latents = sample.training_latents(trained)
+    latents = sample.training_latents(trained.autodecoder, len(trained.names))
     assert latents.shape == (3, 16, 4, 4, 4)
     volumes = trained.autodecoder(torch.arange(3))
     torch.testing.assert_close(sample.decode(trained, latents), volumes)
@@ -346,12 +341,11 @@ def test_volumes_are_what_the_decoder_makes_of_latents(folder):
 
 def test_a_latent_does_not_depend_on_the_objects_that_are_decoded_beside_it():
     decoder = build_decoder(SimpleNamespace(**settings_of(norm="batch", latent_side=8)), 5).train()
-    state = SimpleNamespace(autodecoder=decoder, names=list("abcde"), device="cpu")
-    together = sample.training_latents(state)              # it was in training mode, and is not now
+    together = sample.training_latents(decoder, 5)         # it was in training mode, and is not now
     one_by_one = [decoder.decode_latent(e[None]) for e in decoder.embed(torch.arange(5))]
     torch.testing.assert_close(together, torch.cat(one_by_one))
     decoder.train()
-    assert torch.equal(sample.training_latents(state), together)
+    assert torch.equal(sample.training_latents(decoder, 5), together)
     assert together.std(0).max() > 1e-3                    # and they do differ
 
 
@@ -389,8 +383,6 @@ def test_direct_latents_have_the_covariance_that_they_promise(kind):
 
 
 # ---- Text ----------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def text_run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("text"), lively=True, text=True)
@@ -437,8 +429,6 @@ def test_a_prompt_of_unknown_or_too_many_words_is_warned_of(text_run, folder, ca
 
 
 # ---- Views ---------------------------------------------------------------------------------------
-
-
 def test_turntable_views_are_in_order_whatever_the_batches(folder):
     trained = sample.load_run(folder)
     volumes = torch.zeros(18, 4, 8, 8, 8)
@@ -573,8 +563,6 @@ def test_both_readings_draw_the_same_objects(tmp_path):
 
 
 # ---- Scores of stage 1 ---------------------------------------------------------------------------
-
-
 def test_an_empty_decoder_scores_what_black_pictures_score():
     images = torch.randint(0, 256, (10, 8, 8, 3), dtype=torch.uint8, generator=generator())
     masks = torch.randint(0, 256, (10, 8, 8), dtype=torch.uint8, generator=generator(1))
@@ -636,8 +624,6 @@ def test_frames_to_show_are_held_out_ones_where_there_are_any():
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
-
-
 def test_pictures_are_white_where_there_is_nothing_and_normals_are_colours():
     views = {
         "rgb": torch.tensor([0.0, 0.3]).expand(1, 3, 1, 2),
@@ -665,8 +651,6 @@ def test_depth_is_grey_from_near_and_dark_to_far_and_light():
 
 
 # ---- Between two objects -------------------------------------------------------------------------
-
-
 def test_an_arc_between_noises_has_their_length_and_both_ends():
     a = torch.randn(1, 16, 4, 4, 4, generator=generator(1))
     b = torch.randn(1, 16, 4, 4, 4, generator=generator(2))
@@ -703,8 +687,6 @@ def test_the_last_picture_of_an_interpolation_is_the_object_of_its_last_seed(tmp
 
 
 # ---- What moves ----------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def moving_run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("moving"), "puppets", ["0000", "0001", "0002"],
@@ -818,8 +800,6 @@ def test_what_moves_goes_through_its_poses_while_it_swings(moving_run, monkeypat
 
 
 # ---- Command line: no flag is ignored in silence -------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory, text_run, moving_run):
     """drawn(kind, *flags): what sample.py writes, {name: bytes}; each command is run once."""
@@ -987,8 +967,6 @@ def test_what_a_run_cannot_do_is_refused_before_anything_is_made(folder, flags, 
 
 
 # ---- The data of a run, once more ----------------------------------------------------------------
-
-
 def test_portraits_tell_other_photos_and_forgive_a_shade():
     dataset = data.load("synthetic", 16, 3, n_objects=3, n_views=3)
     ours = sample.portraits(dataset)
@@ -1015,8 +993,6 @@ def test_the_data_of_a_run_is_read_again_only_where_it_is_still_that(moving_run,
 
 
 # ---- Meshes --------------------------------------------------------------------------------------
-
-
 def test_a_mesh_without_scikit_image_says_what_to_install_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)      # as where it was never installed
     monkeypatch.setitem(sys.modules, "skimage.measure", None)

@@ -100,7 +100,6 @@ def interrupt_at(monkeypatch, step):
 
 
 # ---- Every flag changes what is built, trained or drawn ------------------------------------------
-
 RIGID = ["--n-objects", "3", "--n-views", "6", "--size", "16", "--volume-side", "16", "--embed-dim",
          "32", "--channels", "32", "--n-samples", "8", "--finer-at", "", "--window", "0",
          "--unet-channels", "16", "--batch-size", "2", "--sample-steps", "3", "--steps", "4",
@@ -125,8 +124,7 @@ def everything(arguments):
     numbers += list(state.autodecoder.state_dict().values())
     if state.posenet is not None:
         numbers += list(state.posenet.state_dict().values())
-    state.names = dataset.names
-    latents = sample.training_latents(state)
+    latents = sample.training_latents(state.autodecoder, dataset.n_objects)
     first = {"captions": dataset.captions, "fingerprint": ""}
     settings, second = train.new_stage2(settings, latents, first, None, "cpu")
     loop = train.train_text if settings.text else train.train_stage2
@@ -323,8 +321,6 @@ def test_flags_that_do_not_go_together_are_refused_by_name(arguments, says):
 
 
 # ---- Stage 1's loop ------------------------------------------------------------------------------
-
-
 def settings_of(**values):
     base = dict(size=16, n_objects=3, n_views=6, volume_side=16, embed_dim=8, channels=32,
                 n_samples=8, finer_at=(), window=0, steps_stage1=4, steps_stage2=4)
@@ -466,8 +462,6 @@ def test_one_object_overfits_to_over_30_db(tmp_path):
 
 
 # ---- Stage 2's loop ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("sigma_data", [0.5, 1.5])
 def test_the_first_loss_of_stage_2_is_that_of_c_skip_x_on_normalized_latents(sigma_data):
     """A new denoiser answers c_skip x, so its loss is known: raw latents, another sigma_data, other
@@ -592,8 +586,6 @@ def test_a_tenth_of_the_captions_is_left_out_and_the_rest_are_the_objects_own():
 
 
 # ---- A whole run ---------------------------------------------------------------------------------
-
-
 def test_whole_pipeline_writes_what_it_names_and_finite_metrics(tmp_path, capsys, monkeypatch):
     renamed = {"lock"}
     replace = os.replace
@@ -715,8 +707,6 @@ def test_black_pictures_score_as_their_error_says():
 
 
 # ---- Resuming ------------------------------------------------------------------------------------
-
-
 @pytest.mark.usefixtures("no_pictures")
 def test_resumed_run_has_the_bits_of_one_that_was_never_stopped(tmp_path, monkeypatch):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
@@ -873,8 +863,6 @@ def test_stage_2_of_another_seed_is_compared_with_the_objects_it_learned_from(tm
 
 
 # ---- Whole files, one run in a folder, nothing replaced ------------------------------------------
-
-
 def names_in(folder):
     """Names of the files in a folder, without pictures and the lock."""
     return sorted(path.name for path in folder.iterdir() if path.suffix in (".pt", ".csv", ".json"))
@@ -1031,8 +1019,6 @@ def test_another_decoder_moves_the_whole_run_aside_after_all_checks(stage1, tmp_
 
 
 # ---- Signals -------------------------------------------------------------------------------------
-
-
 def signal_at(monkeypatch, step, *numbers):
     """Sends signals to ourselves in a step of training, after its loss was logged."""
     add = train.Log.add
@@ -1105,8 +1091,6 @@ def test_outside_of_the_loops_a_signal_stops_at_once_with_a_line(tmp_path, monke
 
 
 # ---- What is known before the data is read -------------------------------------------------------
-
-
 def write_photos(folder, shade=200):
     """Two objects of four photos each, from all sides, in NeRF's layout."""
     for name in ("a", "b"):
@@ -1276,8 +1260,6 @@ def test_where_the_system_does_not_tell_its_memory_nothing_is_refused(monkeypatc
 
 
 # ---- What goes wrong -----------------------------------------------------------------------------
-
-
 def test_a_person_gets_one_line_and_status_2():
     done = subprocess.run([sys.executable, ROOT / "train.py", "--data", "nowhere"], cwd=ROOT,
                           capture_output=True, text=True)
@@ -1394,8 +1376,6 @@ def test_one_object_has_no_distribution_to_learn(tmp_path):
 
 
 # ---- Moving subjects -----------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_learned_poses_lower_the_loss_and_every_number_stays_finite(tmp_path):
     run(*PUPPETS, "--stage", "1", "--steps", "60", "--log-every", "10", "--growth", "0.03,0.15",
@@ -1571,8 +1551,6 @@ def test_cameras_of_rigid_objects_can_be_learned_too(tmp_path):
 
 
 # ---- Text ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.usefixtures("no_pictures")
 def test_words_from_captions_to_a_prompt(copied, capsys):
     run("--steps", "3", "--stage", "2", "--text", "--context-dim", "16", out=copied)
