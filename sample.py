@@ -15,6 +15,9 @@ import os
 from hashlib import sha256
 from types import SimpleNamespace
 
+if __name__ == "__main__":               # Ctrl-C while torch is imported: an end, no traceback
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import imageio.v3 as iio
 import torch
 

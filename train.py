@@ -13,6 +13,9 @@ import dataclasses
 import os
 from types import SimpleNamespace
 
+if __name__ == "__main__":               # Ctrl-C while torch is imported: an end, no traceback
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import torch
 
 import autodecoder

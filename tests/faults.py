@@ -54,6 +54,7 @@ import train  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import evaluate  # noqa: E402
 import test_data  # noqa: E402
+from test_train import write_photos  # noqa: E402
 
 MAINS = {"train.py": train.main, "sample.py": sample.main, "evaluate.py": evaluate.main,
          "load": lambda: load_data()}
@@ -410,22 +411,6 @@ def writes(folder, reference, rng):
     starts = half_way(folder, reference)
     for row in (limited_files, read_only, full_disk):
         yield from row(folder, reference, starts)
-
-
-def write_photos(folder, shade):
-    """Two objects of four photos each, in NeRF's layout."""
-    for name in ("a", "b"):
-        frames = []
-        (folder / name).mkdir(parents=True)
-        for i in range(4):
-            rgba = np.zeros((16, 16, 4), np.uint8)
-            rgba[5:11, 5:11] = (shade, 90, 10 * i, 255)
-            iio.imwrite(folder / name / f"{i}.png", rgba)
-            pose = render.orbit(np.pi / 2 * i, 0.3, 4.0)
-            frames.append({"file_path": f"{i}.png", "transform_matrix": pose.tolist()})
-        text = train.json.dumps({"camera_angle_x": 0.6, "frames": frames})
-        (folder / name / "transforms.json").write_text(text)
-    return folder
 
 
 def at_once(folder, reference, seconds, second):

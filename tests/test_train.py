@@ -1284,6 +1284,17 @@ def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(arguments, says, 
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.tmp*"))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(script, tmp_path):
+    """A module called torch, which sends the signal, stands in for torch."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    done = subprocess.run([sys.executable, str(ROOT / script)], capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONPATH=str(tmp_path)))
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 def test_scripts_start_where_there_is_no_module_of_unix_alone(tmp_path):
     program = ("import sys; sys.modules['resource'] = None; sys.modules['fcntl'] = None; "
                "import train, sample, data; print(train.peak_memory_gib())")
