@@ -425,7 +425,7 @@ def stopped(number):
     """The line and the exit status of a program that a signal has ended."""
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     line = f"stopped by {name}"
-    if STOP.saved:
+    if STOP.saved and Path(sys.argv[0]).name == "train.py":      # others have no --resume
         command = sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"]
         line += f"; {STOP.saved}; go on with: python {shlex.join(command)}"
     print(line, file=sys.stderr)

@@ -237,9 +237,11 @@ def read_checkpoint(path):
     """The dict that a file holds, read by the safe loader alone: code in it is never run."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (MemoryError, PermissionError):
+        raise                                # the file may be good: run_cli says the reason
     except Exception as error:               # the unpickler of a damaged file raises anything
-        raise BadInput(f"{path} cannot be read as a checkpoint ({type(error).__name__}); delete it "
-                       "and train again") from None
+        raise BadInput(f"{path} cannot be read as a checkpoint ({type(error).__name__}); if it is "
+                       "damaged, delete it and train again") from None
     if not isinstance(checkpoint, dict):
         raise BadInput(f"{path} holds something else than a checkpoint; delete it and train again")
     return checkpoint

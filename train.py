@@ -1187,8 +1187,10 @@ def take_lock(file):
         file.seek(1_000_000)                 # TRAP: nobody else could read a byte that is locked
         try:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
+        except PermissionError:
             return False
+        except OSError:
+            pass                             # as above
     return True
 
 
@@ -1372,8 +1374,10 @@ def run_stage1(settings, dataset, folder, device, source, resume=False):
         keep_what_will_not_fit(settings, folder, old)
     else:
         keep_aside(folder, moved=RUN_FILES)
-    add_metrics(folder, settings, source=source)         # where its photos are now
-    if state.step < settings.steps_stage1:               # else the log has rows of stage 2 to keep
+    goes_on = state.step < settings.steps_stage1
+    # Where its photos are now; and scores of samples belong to the older stage 1: they go.
+    add_metrics(folder, settings, OF_SAMPLES if goes_on else (), source=source)
+    if goes_on:                                          # else the log has rows of stage 2 to keep
         means = None if old is None else old["log"]
         state.log = Log(folder, 1, state.step, settings.steps_stage1, settings.log_every, means)
     with telling_what_is_kept(path), data.finishing_steps() as stop:
@@ -1415,9 +1419,8 @@ def learn_stage1(settings, dataset, state, features, folder, source, stop):
 
 def finish_stage1(settings, state, dataset, folder):
     """Pictures from all sides, and how well held-out views are met."""
-    # Scores of samples belong to an older stage 1: they go.
-    add_metrics(folder, settings, OF_SAMPLES, seconds_stage1=round(state.seconds, 1),
-                steps_stage1=state.step, peak_memory_gib_stage1=peak_memory_gib())
+    add_metrics(folder, settings, seconds_stage1=round(state.seconds, 1), steps_stage1=state.step,
+                peak_memory_gib_stage1=peak_memory_gib())
     # Read back from the file: were something missing in there, it would be known now.
     trained = sample.open_run(folder, state.device, stages=(1,))
     sample.save_orbit(folder / "orbit.png", trained)
@@ -1533,18 +1536,19 @@ def run_stage2(settings, folder, device, resume=False, latents=None, given=(), d
         take_decoder(decoder, folder, settings, first)
     elif path.exists():
         keep_aside(folder, moved=["stage2.pt"], copied=["log.csv", "metrics.json"])
-        add_metrics(folder, settings, OF_SAMPLES)        # scores of another stage 2 go
     sample.save_latent_histogram(folder / "latents.png", latents)
     m, s = state.normalizer.m.mean(), state.normalizer.s.mean()
     # A spread far above 1 says that a few latents are extreme (normalize.py).
     print(f"stage 2 | latents {tuple(latents.shape)} | median {m:.3f}, 0.7413 IQR {s:.3f}, "
           f"normalized spread {state.latents.std():.3f}")
+    if state.step < settings.steps_stage2:
+        add_metrics(folder, settings, OF_SAMPLES)        # those of an older stage 2 go
     means = None if old is None else old["log"]
     state.log = Log(folder, 2, state.step, settings.steps_stage2, settings.log_every, means)
     with telling_what_is_kept(path), data.finishing_steps() as stop:
         learn_stage2(settings, state, folder, stop)
-    add_metrics(folder, settings, OF_SAMPLES, seconds_stage2=round(state.seconds, 1),
-                steps_stage2=state.step, peak_memory_gib_stage2=peak_memory_gib())
+    add_metrics(folder, settings, seconds_stage2=round(state.seconds, 1), steps_stage2=state.step,
+                peak_memory_gib_stage2=peak_memory_gib())
 
 
 def learn_stage2(settings, state, folder, stop):
@@ -1652,7 +1656,7 @@ def check_size(args, settings, n_objects, device):
 def check_disk(out, to_write):
     """Refuses checkpoints of more bytes than the disk has left; out: a folder, there or not."""
     folder = out.absolute()
-    while not folder.exists():
+    while not folder.exists() and folder != folder.parent:   # Windows: a drive that is not there
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if to_write > free:
@@ -1852,9 +1856,9 @@ def parse(arguments=None):
     for stage in (1, 2):
         if args.steps is not None and args.stage in (None, stage):
             values[f"steps_stage{stage}"] = args.steps
-    values["betas"] = tuple(float(beta) for beta in values.get("betas", AllSettings.betas))
-    settings = AllSettings(**values)                      # (Adam wants no whole numbers: 0,0.9)
+    settings = AllSettings(**values)
     check(settings)
+    settings.betas = tuple(float(beta) for beta in settings.betas)    # Adam wants no whole numbers
     if learned and args.stage != 2:
         check_poses(settings)
     args.out = Path(args.out or default_out(args.preset, absolute_source(args.data)))

@@ -75,6 +75,7 @@ class Ended:
     out: str
     err: str
     hangs: bool
+    told: bool = False           # whether it lived to get its signal
 
     def faults(self, *expected):
         """What breaks the promise of one line and an exit status that was expected."""
@@ -147,7 +148,7 @@ class Run:
 
     def wait(self, after=None, number=signal.SIGKILL, limit=120):
         """Until it ends -> Ended; after so many seconds of its life it gets signal `number`."""
-        hangs = False
+        hangs = told = False
         while True:
             done, status = os.waitpid(self.pid, os.WNOHANG)
             if done:
@@ -155,7 +156,7 @@ class Run:
             age = time.time() - self.began
             if after is not None and age > after:
                 os.kill(self.pid, number)
-                after = None
+                after, told = None, True
             if age > limit and not hangs:
                 hangs = True
                 os.kill(self.pid, signal.SIGKILL)
@@ -166,7 +167,7 @@ class Run:
             with open(begin, errors="replace") as file:
                 texts.append(file.read())
         out, err = texts
-        return Ended(os.waitstatus_to_exitcode(status), out, err, hangs)
+        return Ended(os.waitstatus_to_exitcode(status), out, err, hangs, told)
 
 
 def run(script, arguments, before=None, **how):
@@ -280,11 +281,13 @@ def kill9(folder, reference, rng):
     for i in range(20):
         out = folder / f"aimed{i}"
         number, is_after = i // 2 * 2, bool(i % 2)
-        run("train.py", [*FLAGS, "--out", out], lambda: kill_at_rename(number, is_after))
+        first = run("train.py", [*FLAGS, "--out", out], lambda: kill_at_rename(number, is_after))
         faults = damaged_files(out)
         # Once more, in the run that goes on.
         again = [*FLAGS, "--out", out, "--resume"]
-        run("train.py", again, lambda: kill_at_rename(1, is_after))
+        second = run("train.py", again, lambda: kill_at_rename(1, is_after))
+        if (first.status, second.status) != (-9, -9):
+            faults.append("was not killed")
         yield f"rename {number}, after: {is_after}", faults + damaged_files(out) + finish(
             reference, out)
 
@@ -296,7 +299,7 @@ def signals(folder, reference, rng):
             out = folder / f"signal{number}-{i}"
             after = rng.uniform(0.1, 0.95) * reference.seconds
             ended = run("train.py", [*FLAGS, "--out", out], after=after, number=number)
-            faults = ended.faults(status, 0)             # 0: it was done before the signal came
+            faults = ended.faults(status if ended.told else 0)
             faults += damaged_files(out)
             rows = rows_of(out / "log.csv")
             for stage in (1, 2):

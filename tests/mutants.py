@@ -250,8 +250,7 @@ MUTANTS = [
      "edm_loss(denoise, state.latents[k], settings.latent_scale,"),
     ("train", "psnr = -10 * math.log10(", "psnr = -20 * math.log10("),
     ("train", "if not name.startswith(tuple(drop)):", "if name not in drop:"),
-    ("train", "add_metrics(folder, settings, OF_SAMPLES, seconds_stage1=",
-     "add_metrics(folder, settings, seconds_stage1="),
+    ("train", "OF_SAMPLES if goes_on else ()", "()"),
     ("train", 'RUN_FILES = ("stage1.pt", "stage2.pt", "log.csv", "metrics.json")',
      'RUN_FILES = ("stage1.pt", "stage2.pt", "log.csv")'),
     ("train", "if due or stopping:\n            save_stage1(", "if due:\n            save_stage1("),
@@ -331,9 +330,12 @@ def is_caught(folder, name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", help="render, data, ...: mutants of these only")
+    parser.add_argument("files", nargs="*", help=f"of these only: {', '.join(FILES)}")
     parser.add_argument("--list", action="store_true", help="print them and stop")
     args = parser.parse_args()
+    unknown = set(args.files) - set(FILES)
+    if unknown:
+        parser.error(f"no such file: {', '.join(sorted(unknown))}")
     chosen = [mutant for mutant in MUTANTS if not args.files or mutant[0] in args.files]
     if args.list:
         for name, right, wrong in chosen:

@@ -608,6 +608,10 @@ def test_whole_pipeline_writes_what_it_names_and_finite_metrics(tmp_path, capsys
     again = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert again["psnr_heldout"] == metrics["psnr_heldout"] and again["steps_stage2"] == 2
     assert not {"fd", "text_colour", "seconds_sampling"} & set(again)
+    # Going on with a run that is finished changes nothing that they tell of.
+    train.add_metrics(tmp_path / "run", train.Settings(), fd=1.0)
+    run("--steps", "2", "--resume", out=tmp_path / "run")
+    assert train.read_metrics(tmp_path / "run")["fd"] == 1.0
 
 
 def test_the_first_sheet_has_as_many_objects_as_asked_for_over_their_nearest_ones(copied,
