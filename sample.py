@@ -1305,11 +1305,11 @@ def main(arguments=None):
     trained = open_run(args.run, device, (1, 2) if needs_diffusion else (1,))
     fill_in(args, trained.settings)
     check_run(args, trained)
+    folder = Path(args.out)
+    data.make_folder(folder)             # before the data is read, which may take long
     driving = None
     if args.drive is not None:
         driving = load_driving(trained, args.drive, args.data)
-    folder = Path(args.out)
-    data.make_folder(folder)
 
     if args.identity is None:
         volumes, paths = save_any_samples(

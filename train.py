@@ -550,6 +550,8 @@ def refuse_idle_flags(args, settings, given, learned):
         raise BadInput("--steps is of each stage that runs: leave out --steps-stage1 and -stage2")
     if args.decoder and args.stage != 2:
         raise BadInput("--decoder goes with --stage 2: it takes the place of stage 1")
+    if args.decoder and not args.out:
+        raise BadInput("--decoder goes with --out: where the new run is to be")
 
 
 # ---- Coarse to fine: full resolution at the price of a low one (OURS) ----------------------------
@@ -1878,6 +1880,8 @@ def train_stages(args, settings, device):
         training = len(dataset.heldout) - heldout
         print(f"data    | {dataset.layout}: {n_objects} objects, {training} training and {heldout} "
               f"held-out views, {settings.size}x{settings.size}, {seconds:.0f} s")
+        for line in [*dataset.skipped, *dataset.remarks]:
+            print(f"data    | {line}")
         settings = fit_to_data(settings, args.cameras, dataset)
         source = absolute_source(args.data)
         run_stage1(settings, dataset, args.out, device, source, args.resume)

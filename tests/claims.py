@@ -31,7 +31,7 @@ import data  # noqa: E402
 import evaluate  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from autodecoder import VGG19_FILE, cayley  # noqa: E402
+from autodecoder import VGG19_FILE, build_features, cayley  # noqa: E402
 from data import BadInput  # noqa: E402
 
 # ---- The table: one row a claim ------------------------------------------------------------------
@@ -391,9 +391,9 @@ def remember(folder, settings, trial):
 def learn_decoder(trial, seed, options):
     """Stage 1 of a run, or a copy of the one that the trial names."""
     args, settings = train.parse(training_flags(trial, seed, options))
-    args.out.mkdir(parents=True, exist_ok=True)
     if trial.decoder is not None:
         learn_decoder(trial.decoder, seed, options)
+        args.out.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder_of(trial.decoder, seed, options) / "stage1.pt", args.out)
         return
     if has_stage(args.out, settings, 1, trial):
@@ -402,8 +402,9 @@ def learn_decoder(trial, seed, options):
     settings = train.fit_to_data(settings, args.cameras, dataset)
     if trial.degrees:
         dataset = shake_cameras(dataset, trial.degrees, seed)
-    train.run_stage1(settings, dataset, args.out, options.device, args.data)
-    remember(args.out, settings, trial)
+    with train.alone_in(args.out):
+        train.run_stage1(settings, dataset, args.out, options.device, args.data)
+        remember(args.out, settings, trial)
 
 
 def learn_diffusion(trial, seed, options):
@@ -411,19 +412,18 @@ def learn_diffusion(trial, seed, options):
     args, settings = train.parse(training_flags(trial, seed, options))
     if has_stage(args.out, settings, 2, trial):
         return
+    latents = None                           # stage 2's own: F = G1(e)
     if trial.extreme:
         trained = sample.open_run(args.out, options.device, stages=(1,))
         latents = sample.training_latents(trained.autodecoder, len(trained.names))
         latents = make_extreme(latents, trial.extreme)
-        train.run_stage2(settings, args.out, options.device, latents=latents)
     elif trial.whole_volumes:
         trained = open_whole_volumes(args.out, options.device, stages=(1,))
         # (N, 4, D, H, W): these are volumes.
         latents = sample.training_latents(trained.autodecoder, len(trained.names))
+    with train.alone_in(args.out):
         train.run_stage2(settings, args.out, options.device, latents=latents)
-    else:
-        train.run_stage2(settings, args.out, options.device)
-    remember(args.out, settings, trial)
+        remember(args.out, settings, trial)
 
 
 def score_whole_volumes(folder, scores, options):
@@ -536,6 +536,8 @@ def parse(arguments=None, claims=CLAIMS):
 def main(arguments=None, claims=CLAIMS):
     """Tries the claims of these numbers, or all; claims: the table, of which tests have another."""
     options = parse(arguments, claims)
+    if options.vgg19 is not None:
+        build_features(options.vgg19, "cpu")             # refused now, not after nine runs
     chosen = [claim for claim in claims if claim.number in options.numbers]
     if options.list:
         list_claims(chosen)

@@ -1299,6 +1299,20 @@ def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(script, tmp_pat
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
+def test_a_decoder_of_another_run_needs_a_place_of_its_own():
+    with pytest.raises(data.BadInput, match="--decoder goes with --out"):
+        train.parse(["--stage", "2", "--decoder", "runs/other"])
+
+
+def test_what_was_left_out_of_the_data_is_said_before_training(tmp_path, monkeypatch, capsys):
+    photos = write_photos(tmp_path / "photos")
+    (photos / "a" / "0.png").write_bytes(b"no picture")
+    monkeypatch.setattr(train, "run_stage1", lambda *_: None)
+    flags = [*DECODER, "--size", "16", "--holdout", "2", "--out", str(tmp_path / "run")]
+    train.main(["--stage", "1", "--data", str(photos), *flags])
+    assert "data    | 1 view left out: a/0.png: " in capsys.readouterr().out
+
+
 def test_scripts_start_where_there_is_no_module_of_unix_alone(tmp_path):
     program = ("import sys; sys.modules['resource'] = None; sys.modules['fcntl'] = None; "
                "import train, sample, data; print(train.peak_memory_gib())")
