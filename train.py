@@ -1,7 +1,7 @@
 """Photos go in; a trained decoder (stage 1) and a diffusion model (stage 2) come out.
 
     python train.py       both stages and a first sampling, in minutes; --help lists every setting
-    train.learn(train.Settings(**train.MICRO), "runs/first")    the same, by first readings alone
+    train.learn(train.Settings(**train.MICRO), "runs/first")    both stages, by first readings alone
 
 Paper: Sec. 3.2 (stage 1), Sec. 3.3 (stage 2), Tab. 5 and App. C.2 (the numbers).
 Shapes: B objects a step, V views of each, C channels, H = W side of a picture, N dataset objects.
