@@ -1959,8 +1959,8 @@ def leave_out_other_sizes(shots, reading):
     (usual, _), *_ = sizes.most_common(1)
     for shot in list(shots):
         if shot.photo.shape[:2] != usual:
-            reading.leave_out("view", f"{shot.view.image}: {shot.photo.shape[:2]}, but most of the "
-                              f"object's photos are {usual}: one object, one image size")
+            reading.leave_out("view", f"{shot.view.image}: of another size than most of the "
+                              "object's photos: one object, one image size")
             shots.remove(shot)
 
 
@@ -1973,7 +1973,7 @@ def name_unlisted(folder, listed, reading):
     for place in dict.fromkeys(view.image.parent for view in listed):
         unknown = [path for path in files_in(place, PHOTOS) if path not in known]
         if unknown:
-            reading.leave_out("photo", f"{unknown[0]} ...: no camera is listed", len(unknown))
+            reading.leave_out("photo", f"{unknown[0]} ...: no usable camera is listed", len(unknown))
 
 
 # ---- Photos: what looks odd ----------------------------------------------------------------------

@@ -147,6 +147,7 @@ def save_samples(trained, folder, n=8, steps=64, seed=0, churn=40.0):
 import contextlib  # noqa: E402
 import hashlib  # noqa: E402
 import sys  # noqa: E402
+import warnings  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import matplotlib  # noqa: E402
@@ -236,7 +237,9 @@ def feed(digest, value):
 def read_checkpoint(path):
     """The dict that a file holds, read by the safe loader alone: code in it is never run."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():      # torch's, of a file that is about to be refused
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (MemoryError, PermissionError):
         raise                                # the file may be good: run_cli says the reason
     except Exception as error:               # the unpickler of a damaged file raises anything
@@ -1095,7 +1098,8 @@ def save_mesh(path, volume):
     """A coloured triangle mesh (PLY) of one volume (4 or more, D, H, W): density and colour.
 
     Fog has no surface; it is put where a voxel, 2 / D wide, stops half of the light:
-    exp(-density 2 / D) = 1/2. Raises BadInput for a volume that nowhere is so dense.
+    exp(-density 2 / D) = 1/2. A volume that nowhere is so dense has no mesh, which is said.
+    Returns the list of what was written, path or nothing.
     """
     marching_cubes = import_marching_cubes()
     volume = volume[:4].cpu()                                          # skinning is not looked at
@@ -1104,12 +1108,15 @@ def save_mesh(path, volume):
     # A border of nothing closes the surface where an object touches the faces of its cube.
     density = F.pad(volume[0], (1, 1, 1, 1, 1, 1)).numpy()
     if density.max() <= level:
-        raise BadInput(f"{path}: this sample is empty, no mesh written; try another --seed")
+        path.unlink(missing_ok=True)                                   # another sampling's
+        print(f"{path}: this sample is empty, no mesh written; try another --seed")
+        return []
     corners, faces, _, _ = marching_cubes(density, level)              # in voxels of that array
     voxels = torch.from_numpy(corners.copy()) - 1                      # without the border
     zyx = (voxels + 0.5) * 2 / side - 1                                # centres: see render.py
     points = zyx.flip(-1).float()                                      # (K, 3) x, y, z
     write_ply(path, points, surface_colours(volume, points), faces)
+    return [path]
 
 
 def surface_colours(volume, points):
@@ -1325,8 +1332,7 @@ def main(arguments=None):
             trained, folder, args.interpolate, args.steps, args.prompt, args.guidance)
     if args.mesh:
         for i, volume in enumerate(volumes):
-            paths.append(folder / f"sample{i}.ply")
-            save_mesh(paths[-1], volume)
+            paths += save_mesh(folder / f"sample{i}.ply", volume)
     print("wrote " + ", ".join(str(path) for path in paths))
 
 

@@ -429,6 +429,12 @@ def check_numbers(settings):
         value = getattr(settings, name)
         if len(value) not in lengths:
             raise BadInput(f"{flag(name)} takes {lengths[-1]} numbers, got {len(value)}")
+    for name in ("growth", "detail"):                        # pairs of begin and end
+        shares = getattr(settings, name)
+        for begin, end in zip(shares[::2], shares[1::2]):
+            if begin > end:
+                raise BadInput(f"{flag(name)}: what begins at {begin} of the run cannot end at "
+                               f"{end}")
     for name in WHOLE:
         if not all(isinstance(number, int) for number in getattr(settings, name)):
             raise BadInput(f"{flag(name)} takes whole numbers, e.g. 1,2")
@@ -523,6 +529,8 @@ def idle_flags(args, settings, learned):
         yield fields_of("text"), "goes with --text"
     if settings.t5:
         yield ["context_dim"], "is the width of our own text encoder; T5 has its own"
+    if args.stage == 2:
+        return                               # the rest is as in stage 1: see settings_of_stage2
     if not settings.codebooks:
         yield ["rows", "hash_rule"], "goes with --codebooks"
     if args.data != "synthetic":
@@ -786,7 +794,7 @@ def score_mean_frame(dataset):
         training, _ = dataset.batch(dataset.frames_of(k, heldout=False), size)
         heldout, _ = dataset.batch(dataset.frames_of(k, heldout=True), size)
         error = (heldout - training.mean(0)).square().flatten(1).mean(1)
-        psnr.append(-10 * error.log10())
+        psnr.append(-10 * error.clamp(min=1e-10).log10())    # at most 100 dB
     return float(torch.cat(psnr).mean())
 
 
@@ -993,7 +1001,6 @@ class Log:
         minutes, seconds = divmod(int(ms / 1000 * (self.steps - step)), 60)
         head = f"stage {self.stage} | {step}/{self.steps} | loss {loss:.4f} | "
         print(f"{head}{psnr_text}{ms:.0f} ms/step | eta {minutes}m{seconds:02d}s", flush=True)
-
 
     def append(self, row):
         """Adds a row to the file, which is closed again: so it can be watched, and a full disk
@@ -1529,9 +1536,9 @@ def run_stage2(settings, folder, device, resume=False, latents=None, given=(), d
         trained = sample.open_run(decoder or folder, device, stages=(1,))
         latents = sample.training_latents(trained.autodecoder, len(trained.names))
     replaces = decoder is not None and brings_another(decoder, folder, first, resume)
-    settings, state = new_stage2(settings, latents, first, folder, device)
     path = folder / "stage2.pt"
     old = sample.load_checkpoint(folder, 2, resume=True) if resume else None
+    settings, state = new_stage2(settings, latents, first, folder, device)
     if old is not None:
         resume_stage2(settings, state, path, old)
     elif replaces:
@@ -1758,20 +1765,18 @@ def add_setting(group, field):
 
     No default here: None tells that a flag was not given, and the preset's value counts.
     """
-    flags = [flag(field.name)]
-    if "_" in field.name:
-        flags.append(f"--{field.name}")
+    name = flag(field.name)
     tiny = PRESETS["tiny"].get(field.name, field.default)
     if field.type is tuple:
         tiny = ",".join(map(str, tiny))
     help_text = f"{field.metadata['help']} (tiny: {'empty' if tiny == '' else tiny})"
     help_text = help_text.replace("%", "%%")                 # argparse fills in %-signs
     if field.type is bool:
-        group.add_argument(*flags, action=data.argparse.BooleanOptionalAction, help=help_text)
+        group.add_argument(name, action=data.argparse.BooleanOptionalAction, help=help_text)
     elif field.type is tuple:
-        group.add_argument(*flags, type=number_list, metavar="A,B", help=help_text)
+        group.add_argument(name, type=number_list, metavar="A,B", help=help_text)
     else:
-        group.add_argument(*flags, type=field.type, choices=CHOICES.get(field.name),
+        group.add_argument(name, type=field.type, choices=CHOICES.get(field.name),
                            metavar=None if field.name in CHOICES else field.type.__name__.upper(),
                            help=help_text)
 
@@ -1795,7 +1800,7 @@ def make_parser():
     add("--decoder", metavar="RUN", help="with --stage 2: on the stage 1 of that run, which is "
         "copied to --out")
     add("--steps", type=int, help="training steps of each stage that runs")
-    add("--device", default="auto", help="cpu, cuda, mps, ... (%(default)s)")
+    add("--device", default="auto", help="cpu, cuda, ... (%(default)s)")
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
     groups = {}
     for field in dataclasses.fields(AllSettings):
@@ -1808,20 +1813,13 @@ def make_parser():
     return parser
 
 
-def has_clips(args):
-    """Whether --data is of what moves."""
-    if args.data == "synthetic":
-        return False
-    return data.is_moving(args.data, bool(args.as_clips))
-
-
-def choose_preset(args):
-    """--preset, or what suits the data."""
+def choose_preset(args, clips):
+    """--preset, or what suits the data; clips: whether --data is of what moves."""
     if args.preset:
         return args.preset
-    if args.data not in ("synthetic", "puppets") and has_clips(args):
+    if clips and args.data != "puppets":
         return "tiny-clips"
-    if args.data == "puppets" or args.cameras == "learned":
+    if clips or args.cameras == "learned":
         return "tiny-video"
     return "tiny"
 
@@ -1835,7 +1833,8 @@ def parse(arguments=None):
     args.data_given = args.data is not None
     if not args.data_given:
         args.data = "synthetic"
-    args.preset = choose_preset(args)
+    clips = data.is_moving(args.data, bool(args.as_clips))
+    args.preset = choose_preset(args, clips)
     values = dict(PRESETS[args.preset])
     args.given = set()
     for field in dataclasses.fields(AllSettings):
@@ -1845,12 +1844,11 @@ def parse(arguments=None):
             values[field.name] = value
             args.given.add(field.name)
     # What would change nothing is refused before the settings are checked as a whole.
-    clips = has_clips(args)
     learned = clips or args.cameras == "learned"
     refuse_idle_flags(args, AllSettings(**values), args.given, learned)
     if clips and args.cameras == "known":
         raise BadInput(f"--cameras known: {args.data} has none; leave it out, or say learned")
-    if not clips and values.get("parts", 0) > 1 and "parts" in args.given:
+    if args.stage != 2 and not clips and values.get("parts", 0) > 1 and "parts" in args.given:
         raise BadInput(f"--parts {values['parts']}: rigid objects have one part; only clips of "
                        "what moves have more")
     if args.steps is not None:

@@ -20,7 +20,6 @@ Read next: claims.py, which asks whether the paper is right.
 import copy
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -545,8 +544,9 @@ def fit_reader(dataset, epochs=12, seed=0):
 
 
 def reader_of(folder, settings, n_objects=2000, epochs=12):
-    """The reader for a run of these settings: learned once, minutes, then FOLDER/reader.pt."""
-    path = Path(folder) / "reader.pt"
+    """The reader for a run of these settings: learned once, minutes, then a file in FOLDER."""
+    # Size and seed are in its name: another training in this folder may need another reader.
+    path = Path(folder) / f"reader-{settings.size}-{settings.seed}.pt"
     if path.exists():
         weights = sample.load_weights("--run", path, "what evaluate.py wrote there: delete it")
         reader = AttributeReader()
@@ -904,14 +904,15 @@ NOT_A_KIND = ("seed", "log_every", "save_every")         # settings that make no
 
 
 def read_metrics(folder):
-    """What RUN/metrics.json holds -> dict; how many samples were scored is part of its settings,
-    for distances are biased by their number."""
+    """What RUN/metrics.json holds -> dict. Its settings tell of the data, too, and of how many
+    samples were scored, for distances are biased by their number."""
     try:
         metrics = json.loads((Path(folder) / "metrics.json").read_text())
-        for name in ("samples", "views"):
+        for name in ("source", "samples", "views"):
             metrics["settings"][name] = metrics.get(name)
         for name in COMPARED:
-            float(metrics.get(name, 0))                    # TypeError where it is no number
+            if not isinstance(metrics.get(name, 0), (int, float)):
+                raise TypeError
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BadInput(f"--compare {folder}: no metrics.json that train.py or evaluate.py "
                        "wrote") from None
@@ -921,7 +922,8 @@ def read_metrics(folder):
 def what_differs(runs):
     """Names of the settings in which runs are not all alike."""
     names = []
-    for name in runs[0]["settings"]:
+    everybodys = dict.fromkeys(name for run in runs for name in run["settings"])
+    for name in everybodys:
         values = {str(run["settings"].get(name)) for run in runs}
         if len(values) > 1 and name not in NOT_A_KIND:
             names.append(name)
@@ -930,7 +932,7 @@ def what_differs(runs):
 
 def title_of(run, names):
     """A run's settings of these names in words: "decoder_depth 4, norm group"."""
-    words_of = [f"{name} {str(run['settings'].get(name))[:20]}" for name in names]
+    words_of = [f"{name} {run['settings'].get(name)}" for name in names]
     return ", ".join(words_of) or "all alike"
 
 
@@ -1058,8 +1060,6 @@ def parse(arguments=None):
     return args
 
 
-OF_SCORING = ("run", "data", "device", "n", "views", "steps", "churn", "guidance", "seed",
-              "no_baselines", "no_shapes", "inception", "lpips")
 BOUNDS = sample.BOUNDS | {"n": (1, 100_000), "views": (1, 1000)}     # least, most
 DEFAULTS = {"run": "runs/tiny-synthetic", "device": "auto", "n": 256, "views": 10, "seed": 0}
 
@@ -1067,8 +1067,9 @@ DEFAULTS = {"run": "runs/tiny-synthetic", "device": "auto", "n": 256, "views": 1
 def check(args):
     """Refuses what cannot be meant, each flag by its name, and fills in the defaults."""
     if args.compare:
-        for name in OF_SCORING:
-            value = getattr(args, name)
+        for name, value in vars(args).items():
+            if name in ("compare", "out"):
+                continue
             if value is not None and value is not False:          # 0 was given, too
                 raise BadInput(f"--compare reads what was scored before: leave "
                                f"--{name.replace('_', '-')} out")
@@ -1104,11 +1105,13 @@ def knows_captions(trained):
 
 def score_samples(trained, dataset, args, features):
     """All that is asked of stage 2 -> dict."""
+    reader = None
+    if knows_captions(trained):              # first, so that a damaged one is refused at once
+        reader = reader_of(args.run, trained.data_settings)
     scores = evaluate(trained, dataset, args.n, args.views, args.steps, args.churn, args.seed,
                       not args.no_shapes, not args.no_baselines, features)
     scores["features"] = "inception" if args.inception else "random"
-    if knows_captions(trained):
-        reader = reader_of(args.run, trained.data_settings)
+    if reader is not None:
         scores |= score_text(trained, reader, min(args.n, 128), args.steps, args.churn,
                              args.guidance, args.seed)
     return scores
@@ -1140,7 +1143,7 @@ def evaluate_run(args):
     else:
         print(f"{args.run} has no stage2.pt: held-out views and poses only")
     scores["seconds_evaluation"] = round(time.time() - began, 1)
-    train.add_metrics(folder, settings, train.OF_SAMPLES, **scores)
+    train.add_metrics(folder, settings, train.OF_SAMPLES, source=trained.source, **scores)
     print_scores(scores)
     if generates:
         warn_of_few_views(int((~dataset.heldout).sum()),

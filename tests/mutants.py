@@ -325,6 +325,8 @@ def is_caught(folder, name):
                               timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return True
+    if done.returncode > 2:                  # 1: a test failed; 2: so did a test file's import
+        raise SystemExit(f"pytest itself failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.returncode != 0
 
 

@@ -1725,7 +1725,7 @@ def test_listed_names_are_found_where_that_is_plain(shots, tmp_path):
     dataset = data.load(tmp_path, 32)
     assert len(dataset.images) == 11
     assert dataset.skipped == ["1 view left out: images/frame_007.png: no such file",
-                               "1 photo left out: images/008.png ...: no camera is listed"]
+                               "1 photo left out: images/008.png ...: no usable camera is listed"]
 
 
 def test_what_systems_leave_behind_is_no_photo_and_no_pipe_is_waited_for(shots, tmp_path):
@@ -1818,7 +1818,7 @@ def test_the_largest_of_several_models_is_taken_and_photos_without_one_are_count
     dataset = data.load(tmp_path, 32)                    # without the empty lines, too
     assert len(dataset.images) == 11
     assert "the largest of 2 models is taken, of 11 photos; 0 has 3" in dataset.remarks[0]
-    assert dataset.skipped == ["1 photo left out: chair/obj7/images/011.png ...: no camera is "
+    assert dataset.skipped == ["1 photo left out: chair/obj7/images/011.png ...: no usable camera is "
                                "listed"]
 
 

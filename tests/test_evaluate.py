@@ -449,14 +449,20 @@ def read_true_objects(reader, size, n):
 def test_the_reader_is_learned_once(tmp_path):
     settings = SimpleNamespace(size=16, seed=0)
     reader = evaluate.reader_of(tmp_path, settings, n_objects=32, epochs=1)
-    weights = torch.load(tmp_path / "reader.pt", weights_only=True)
+    path = tmp_path / "reader-16-0.pt"
+    weights = torch.load(path, weights_only=True)
     again = evaluate.reader_of(tmp_path, settings).state_dict()               # of 2,000: minutes
     for name, value in reader.state_dict().items():
         assert torch.equal(value, again[name]) and torch.equal(value, weights[name])
-    torch.save({"nothing": torch.zeros(1)}, tmp_path / "reader.pt")
-    refused(lambda: evaluate.reader_of(tmp_path, settings), "reader.pt", "delete it")
-    (tmp_path / "reader.pt").write_bytes(b"nothing")
-    refused(lambda: evaluate.reader_of(tmp_path, settings), "reader.pt", "delete it")
+    # A reader of another seed has learned from other objects: it is not taken for this one.
+    settings.seed = 1
+    evaluate.reader_of(tmp_path, settings, n_objects=32, epochs=1)
+    assert (tmp_path / "reader-16-1.pt").exists()
+    for content in ({"nothing": torch.zeros(1)}, None):
+        torch.save(content, tmp_path / "reader-16-1.pt")
+        refused(lambda: evaluate.reader_of(tmp_path, settings), "reader-16-1.pt", "delete it")
+    (tmp_path / "reader-16-1.pt").write_bytes(b"nothing")
+    refused(lambda: evaluate.reader_of(tmp_path, settings), "reader-16-1.pt", "delete it")
 
 
 @pytest.mark.slow
@@ -624,6 +630,20 @@ def test_runs_of_other_numbers_of_samples_are_kept_apart(tmp_path, capsys):
         ["samples", "None", "1"], ["samples", "128", "1"], ["samples", "256", "1"]]
 
 
+def test_runs_on_other_data_or_objects_are_kept_apart(tmp_path, capsys):
+    many = ",".join(f"obj{number}" for number in range(9))
+    runs = [write_run(tmp_path / "a", {"seed": 0}, psnr_heldout=20.0, source="synthetic"),
+            write_run(tmp_path / "b", {"seed": 0, "objects": many + "1"}, psnr_heldout=20.0,
+                      source="coil100"),
+            write_run(tmp_path / "c", {"seed": 0, "objects": many + "2"}, psnr_heldout=20.0,
+                      source="coil100")]
+    rows = compare(capsys, *runs, "--out", str(tmp_path))
+    assert [row[:5] for row in rows[1:4]] == [
+        ["source", "synthetic,", "objects", "None", "1"],
+        ["source", "coil100,", "objects", many + "1", "1"],
+        ["source", "coil100,", "objects", many + "2", "1"]]
+
+
 def test_a_curve_holds_all_numbers_of_sampler_steps_of_one_kind():
     runs = []
     for steps, depth, fd in [(32, 1, 1.0), (8, 1, 3.0), (8, 1, 5.0), (8, 2, 7.0)]:
@@ -635,7 +655,8 @@ def test_a_curve_holds_all_numbers_of_sampler_steps_of_one_kind():
                       "decoder_depth 2": [(0.08, 7.0, 7.0, 7.0)]}
 
 
-@pytest.mark.parametrize("content", [None, "", "[1]", "{}", '{"settings": 3}'])
+@pytest.mark.parametrize("content", [None, "", "[1]", "{}", '{"settings": 3}',
+                                     '{"settings": {}, "fd": "3.0"}'])
 def test_a_run_without_numbers_cannot_be_compared(tmp_path, content):
     if content is not None:
         (tmp_path / "metrics.json").write_text(content)

@@ -286,7 +286,10 @@ def test_the_preset_follows_from_the_data_and_the_flags_from_the_preset(tmp_path
     ("--holdout 1", "--holdout 1"), ("--seed -1", "--seed"), ("--codebooks -4", "--codebooks"),
     ("--churn -5", "--churn"), ("--text --guidance nan", "--guidance"), ("--betas 0.5", "--betas"),
     ("--betas 0.5,1.5", "--betas"), ("--lr-stage2 inf", "--lr-stage2"),
-    ("--cameras learned --growth 0.1", "--growth"), ("--unet-channels 33", "do not fit"),
+    ("--cameras learned --growth 0.1", "--growth"),
+    ("--cameras learned --growth 0.5,0.2", "begins at 0.5 of the run cannot end at 0.2"),
+    ("--data puppets --detail 0.1,0.2,0.4,0.3", "--detail: what begins at 0.4"),
+    ("--unet-channels 33", "do not fit"),
     ("--unet-multipliers 1.5,1", "whole numbers"), ("--unet-multipliers 0", "--unet-multipliers"),
     ("--text --context-dim 66", "do not fit"), ("--cameras learned --pose-width 0", "--pose-width"),
     ("--channels 400 --decoder-attention 8", "200 channels"),
@@ -571,6 +574,18 @@ def test_stage_2_has_the_settings_of_the_stage_1_that_it_learns_from():
     for name in of_stage1:
         assert getattr(settings, name) == getattr(theirs, name), name
     assert settings.batch_size == 3 and settings.seed == 8
+
+
+@pytest.mark.parametrize("flags", ["--max-frames 7", "--rows 8", "--keypoints 64", "--parts 3",
+                                   "--no-shared-colours", "--arc 20", "--clip-filter"])
+def test_flags_of_stage_1_are_compared_with_the_stage_1_that_is_there(flags):
+    args, settings = train.parse(["--stage", "2", *DATA, *DECODER, *flags.split()])
+    name = next(name for name in args.given if train.flag(name) in flags.replace("--no-", "--"))
+    first = {"settings": vars(settings_of()), "names": ["a", "b"]}
+    with pytest.raises(data.BadInput, match="the stage 1 there was trained with"):
+        train.settings_of_stage2(settings, first, {name})
+    first["settings"][name] = getattr(settings, name)        # as there: nothing to say
+    train.settings_of_stage2(settings, first, {name})
 
 
 def test_a_tenth_of_the_captions_is_left_out_and_the_rest_are_the_objects_own():
@@ -1557,6 +1572,8 @@ def test_the_mean_of_a_clips_training_frames_is_what_held_out_ones_are_compared_
     dataset.images[:] = torch.tensor([0.2, 0.4, 0.4, 0.4, 0.6, 0.8]).repeat(2).mul(255).view(
         12, 1, 1, 1).byte()
     assert train.score_mean_frame(dataset) == pytest.approx(-10 * math.log10(0.4**2), abs=1e-3)
+    dataset.images[:] = 80                                   # nothing moves: no error at all
+    assert train.score_mean_frame(dataset) == pytest.approx(100)
 
 
 def test_the_body_is_measured_from_what_is_nearly_always_covered():
