@@ -1973,7 +1973,8 @@ def name_unlisted(folder, listed, reading):
     for place in dict.fromkeys(view.image.parent for view in listed):
         unknown = [path for path in files_in(place, PHOTOS) if path not in known]
         if unknown:
-            reading.leave_out("photo", f"{unknown[0]} ...: no usable camera is listed", len(unknown))
+            reason = f"{unknown[0]} ...: no usable camera is listed"
+            reading.leave_out("photo", reason, len(unknown))
 
 
 # ---- Photos: what looks odd ----------------------------------------------------------------------

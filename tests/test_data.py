@@ -1818,8 +1818,8 @@ def test_the_largest_of_several_models_is_taken_and_photos_without_one_are_count
     dataset = data.load(tmp_path, 32)                    # without the empty lines, too
     assert len(dataset.images) == 11
     assert "the largest of 2 models is taken, of 11 photos; 0 has 3" in dataset.remarks[0]
-    assert dataset.skipped == ["1 photo left out: chair/obj7/images/011.png ...: no usable camera is "
-                               "listed"]
+    assert dataset.skipped == ["1 photo left out: chair/obj7/images/011.png ...: no usable camera "
+                               "is listed"]
 
 
 @pytest.mark.parametrize("n", [3, 4, 6])
