@@ -8,8 +8,11 @@ Shapes: N objects, V views of one object, R rays, K points; `size` is the side o
 Simplified: all frames sit in memory as bytes, 16 KiB each at 64 x 64. Objaverse would not fit.
 Read next: train.py
 """
+import signal
 from dataclasses import dataclass, replace
 
+if __name__ == "__main__":               # Ctrl-C while torch is imported: an end, no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -200,7 +203,6 @@ def cameras_all_round(n_views, rng):
 def load_synthetic(size, holdout=6, seed=0, n_objects=128, n_views=24):
     """Frames of n_objects chairs, n_views each; every holdout-th view is held out, 0: none. (What
     `python train.py` learns has tables and vehicles, too: second reading.)
-
     Chair k depends on k and the seed alone, so a larger set begins with the same chairs.
     """
     rgba, cam2world, intrinsics = [], [], []
@@ -231,7 +233,6 @@ import json  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import shlex  # noqa: E402
-import signal  # noqa: E402
 import struct  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402

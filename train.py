@@ -1910,7 +1910,9 @@ def main(arguments=None):
         check_resuming(args, settings)
         claim(args.out, settings, source)
         paths = train_stages(args, settings, device)
-    print("wrote " + ", ".join(str(path) for path in dict.fromkeys(paths)))
+    # A finished run that is only scored again has its training.png from before, or has lost it.
+    pictures = [str(path) for path in dict.fromkeys(paths) if Path(path).exists()]
+    print("look at " + ", ".join(pictures))
 
 
 if __name__ == "__main__":

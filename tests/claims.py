@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+if __name__ == "__main__":               # Ctrl-C while torch is imported: an end, no traceback
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import torch
 from torch import nn
 

@@ -25,6 +25,9 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__":               # Ctrl-C while torch is imported: an end, no traceback
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import matplotlib
 import numpy as np
 import torch

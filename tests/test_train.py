@@ -608,7 +608,7 @@ def test_whole_pipeline_writes_what_it_names_and_finite_metrics(tmp_path, capsys
     run("--steps", "6", "--n-sheet", "2", out=tmp_path / "run")
     # Each file was written whole under another name first: see data.writing.
     assert renamed == {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    named = capsys.readouterr().out.splitlines()[-1].removeprefix("wrote ").split(", ")
+    named = capsys.readouterr().out.splitlines()[-1].removeprefix("look at ").split(", ")
     assert len(named) >= 7 and all(Path(path).stat().st_size > 100 for path in named)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     for key in ("psnr_heldout", "mask_heldout", "seconds_stage1", "seconds_stage2",
