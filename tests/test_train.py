@@ -932,6 +932,18 @@ def test_fragments_go_with_the_process_that_wrote_them(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
+@pytest.mark.parametrize("stage, step, kept", [
+    (1, 0, 0), (1, 2, 1), (1, 3, 1), (1, 4, 2), (2, 0, 2), (2, 2, 3), (2, 4, 4)])
+def test_rows_that_will_be_measured_again_are_dropped(tmp_path, stage, step, kept):
+    """A run was killed after it had logged more than it had saved."""
+    train.Log(tmp_path, 1, 0, 4, 2)
+    rows = [[str(stage), str(step), "0.5", "20.0", "1"] for stage in (1, 2) for step in (2, 4)]
+    with open(tmp_path / "log.csv", "a") as file:
+        file.writelines(",".join(row) + "\n" for row in rows)
+    assert train.read_rows(tmp_path / "log.csv") == rows
+    assert train.earlier_rows(tmp_path / "log.csv", stage, step) == rows[:kept]
+
+
 def test_no_earlier_row_is_lost_while_the_log_is_opened(tmp_path, monkeypatch):
     log = train.Log(tmp_path, 1, 0, 4, 2)
     for step in (1, 2, 3, 4):
