@@ -1,6 +1,6 @@
 """Are the tests any good? Wrong lines, one at a time, each of which some test must catch.
 
-    python tests/mutants.py                 all of them, an hour or so on two cores
+    python tests/mutants.py                 all of them, three hours or so on one core
     python tests/mutants.py render train    those of these files
     python tests/mutants.py --list          which there are
 
