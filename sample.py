@@ -111,7 +111,7 @@ def view_from(trained, azimuth):
 
 
 @torch.no_grad()
-def render_views(trained, volumes, azimuths, size, n_samples=64):
+def render_views(trained, volumes, azimuths, size, n_samples=64, renderer=render.render):
     """Volumes (n, 4, D, H, W) from V azimuths (radians) -> rgb (n, V, 3, size, size) over black and
     occupancy (n, V, 1, size, size), on the CPU."""
     rgb = torch.empty(len(volumes), len(azimuths), 3, size, size)
@@ -119,8 +119,8 @@ def render_views(trained, volumes, azimuths, size, n_samples=64):
     for v, azimuth in enumerate(azimuths):
         cam2world, intrinsics = view_from(trained, azimuth)
         for i, volume in enumerate(volumes):                           # one at a time: memory
-            colour, covered = render.render(volume[None], cam2world[None, None],
-                                            intrinsics[None, None], size, n_samples)
+            colour, covered = renderer(volume[None], cam2world[None, None],
+                                       intrinsics[None, None], size, n_samples)
             rgb[i, v] = colour[0, 0]
             occupancy[i, v] = covered[0, 0]
     return rgb, occupancy
@@ -575,7 +575,7 @@ def render_any_views(trained, volumes, azimuths, size, n_samples=64, pose=0):
     """render_views; and the same for subjects that move, (B, 4 + P, D, H, W), in one of their poses
     (a number in trained.poses)."""
     if trained.posenet is None:
-        return render_views(trained, volumes, azimuths, size, n_samples)
+        return render_views(trained, volumes, azimuths, size, n_samples, render.render_skipping)
     rgb, occupancy = [], []
     for azimuth in azimuths:
         cameras, intrinsics = moving_view_from(trained, azimuth, pose)
@@ -634,7 +634,7 @@ def render_frames(trained, dataset, frames, n_samples):
     volumes = trained.autodecoder(dataset.object_index[frames].to(trained.device))
     cameras = cameras_of(trained, dataset, frames)[:, None]            # (n, 1, 4, 4), one view each
     intrinsics = dataset.intrinsics[frames, None].to(trained.device)   # (n, 1, 4)
-    draw = render.render if trained.posenet is None else render.render_moving
+    draw = render.render_skipping if trained.posenet is None else render.render_moving
     rgb, occupancy = draw(volumes, cameras, intrinsics, size, n_samples)
     return rgb[:, 0].cpu(), occupancy[:, 0].cpu()
 
@@ -939,7 +939,8 @@ def save_sample_sheet(folder, trained, volumes, nearest=False):
 def save_turntable(trained, volumes, folder):
     """A film of volumes (n, 4, D, H, W) that turn once -> paths."""
     azimuths = torch.linspace(0, 2 * math.pi, FRAMES + 1)[:-1]         # the last is the first again
-    rgb, occupancy = render_views(trained, volumes, azimuths.tolist(), SIDE)
+    rgb, occupancy = render_views(trained, volumes, azimuths.tolist(), SIDE,
+                                  renderer=render.render_skipping)
     return save_film(folder, "turntable", film_frames(on_white(rgb, occupancy)))
 
 

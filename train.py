@@ -129,10 +129,10 @@ def stage1_loss(settings, features, rgb, occupancy, images, masks):
 
 
 def train_stage1(settings, dataset, state, features=autodecoder.pixels_and_gradients,
-                 draw=draw_photos):
+                 draw=draw_photos, renderer=render.render):
     """Learns decoder and embeddings from nothing but photos, masks and cameras. It yields each
     step's loss and mean squared error of colours, so that its caller may print, save or stop.
-    features: what Eq. 1 compares; draw: what fetches the photos of frames."""
+    features: what Eq. 1 compares; draw: what fetches photos; renderer: what makes their like."""
     while state.step < settings.steps_stage1:
         share = state.step / settings.steps_stage1
         state.optimizer.param_groups[0]["lr"] = settings.lr_stage1 * (1 - share)
@@ -143,8 +143,8 @@ def train_stage1(settings, dataset, state, features=autodecoder.pixels_and_gradi
         cameras = dataset.cam2world[frames].to(state.device)                          # (B, V, 4, 4)
 
         volume = state.autodecoder(k.to(state.device))                            # (B, 4, D, H, W)
-        rgb, occupancy = render.render(volume, cameras, intrinsics, images.shape[-1],
-                                       settings.n_samples, state.generator)
+        rgb, occupancy = renderer(volume, cameras, intrinsics, images.shape[-1],
+                                  settings.n_samples, state.generator)
         loss = stage1_loss(settings, features, rgb, occupancy, images, masks)
 
         # The gradient reaches the decoder's weights and, through them, the embeddings of k.
@@ -152,7 +152,7 @@ def train_stage1(settings, dataset, state, features=autodecoder.pixels_and_gradi
         loss.backward()
         state.optimizer.step()
         state.step += 1
-        yield loss.item(), (rgb.detach() - images).square().mean().item()
+        yield loss.detach(), (rgb.detach() - images).square().mean()
 
 
 def stage1_checkpoint(settings, dataset, state):
@@ -187,7 +187,7 @@ def train_stage2(settings, state):
         state.optimizer.step()
         state.step += 1
         diffusion.ema_update(state.average, state.model, state.step, settings.ema_half_life)
-        yield loss.item()
+        yield loss.detach()
 
 
 def stage2_checkpoint(settings, state):
@@ -779,7 +779,7 @@ def train_moving(settings, dataset, state, features=autodecoder.pixels_and_gradi
             torch.nn.utils.clip_grad_norm_(group["params"], settings.clip)
         state.optimizer.step()
         state.step += 1
-        yield loss.item(), (rgb.detach() - images).square().mean().item()
+        yield loss.detach(), (rgb.detach() - images).square().mean()
 
 
 def score_mean_frame(dataset):
@@ -882,7 +882,7 @@ def train_text(settings, state):
         state.optimizer.step()
         state.step += 1
         diffusion.ema_update(state.average, state.model, state.step, settings.ema_half_life)
-        yield loss.item()
+        yield loss.detach()
 
 
 # ---- Log and metrics -----------------------------------------------------------------------------
@@ -966,7 +966,16 @@ class Log:
     def means(self):
         """What a checkpoint keeps of the line that is not yet written."""
         return {"since": self.since, "seconds": time.time() - self.start,
-                "losses": list(self.losses), "errors": list(self.errors)}
+                "losses": self.read_losses(), "errors": [float(error) for error in self.errors]}
+
+    def read_losses(self):
+        """The losses since the last line, as numbers."""
+        losses = [float(loss) for loss in self.losses]
+        for number, loss in enumerate(losses, self.since + 1):
+            # Once a weight is NaN, so are all numbers after it: to go on would waste the night.
+            if not math.isfinite(loss):
+                raise Diverged(f"stage {self.stage}: the loss is {loss}", number)
+        return losses
 
     def begin(self, step):
         """Starts the next line's means."""
@@ -977,9 +986,7 @@ class Log:
 
     def add(self, step, loss, error=None):
         """Takes a step's loss and, of stage 1, the mean squared error of its colours."""
-        # Once a weight is NaN, so are all numbers after it: to go on would only waste the night.
-        if not math.isfinite(loss):
-            raise Diverged(f"stage {self.stage}: the loss is {loss}", step)
+        # Kept as they are, and read when a line is due: reading a number waits for the device.
         self.losses.append(loss)
         if error is not None:
             self.errors.append(error)
@@ -989,12 +996,14 @@ class Log:
 
     def write(self, step):
         """The means since the last line: loss, PSNR of stage 1's pictures, time a step and left."""
+        losses = self.read_losses()
         ms = 1000 * (time.time() - self.start) / (step - self.since)
-        loss = sum(self.losses) / len(self.losses)
+        loss = sum(losses) / len(losses)
         psnr_cell, psnr_text = "", ""
         if self.errors:
             # Of the mean error, and at most 100 dB: a perfect picture has no finite PSNR.
-            psnr = -10 * math.log10(max(1e-10, sum(self.errors) / len(self.errors)))
+            error = sum(float(error) for error in self.errors) / len(self.errors)
+            psnr = -10 * math.log10(max(1e-10, error))
             psnr_cell, psnr_text = f"{psnr:.3f}", f"psnr {psnr:.1f} dB | "
         self.append([self.stage, step, f"{loss:.6g}", psnr_cell, f"{ms:.1f}"])
         # The rate of the last steps times those to come: too low while pictures are still to grow.
@@ -1026,8 +1035,9 @@ def plot_log(folder):
 
 
 # Beginnings of the names of numbers that say how good samples are: of no use for another stage 2.
-OF_SAMPLES = ("fd", "kd", "cov", "mmd", "nna", "memorization", "empty", "text_", "features",
-              "samples", "views", "seconds_per_sample", "seconds_evaluation", "seconds_sampling")
+OF_SAMPLES = ("fd", "kd", "cov", "mmd", "nna", "memorization", "debris", "empty", "text_",
+              "features", "samples", "views", "seconds_per_sample", "seconds_evaluation",
+              "seconds_sampling")
 
 
 def peak_memory_gib():
@@ -1407,9 +1417,13 @@ def keep_what_will_not_fit(settings, folder, old):
 
 def learn_stage1(settings, dataset, state, features, folder, source, stop):
     """The steps themselves, and what is written meanwhile; stop: see data.finishing_steps."""
-    train = train_moving if state.posenet is not None else train_stage1
     began = time.time() - state.seconds
-    for loss, error in train(settings, dataset, state, features, draw_coarse_to_fine):
+    if state.posenet is not None:
+        steps = train_moving(settings, dataset, state, features, draw_coarse_to_fine)
+    else:
+        steps = train_stage1(settings, dataset, state, features, draw_coarse_to_fine,
+                             render.render_skipping)
+    for loss, error in steps:
         state.seconds = time.time() - began
         state.log.add(state.step, loss, error)
         # Asked once: the signal may come between two looks, and nothing would have been saved.

@@ -245,10 +245,22 @@ def true_features(dataset, features=image_features):
     return features(images)
 
 
+def others_of(trained):
+    """As many built-in objects as a run has learned from, but others -> dataset; None
+    where the data are no built-in objects, or chosen ones."""
+    settings = trained.data_settings
+    if trained.source != "synthetic" or settings.objects:
+        return None
+    first = settings.n_objects
+    names = ",".join(f"{k:04d}" for k in range(first, 2 * first))
+    return data.load("synthetic", settings.size, settings.holdout, settings.seed, 2 * first,
+                     settings.n_views, arc=settings.arc, objects=names)
+
+
 def render_from(trained, volumes, cameras, intrinsics, size, n_samples):
     """Colour of volumes (B, C, D, H, W) over black, from cameras as sample.cameras_of gives them:
     (B, V, 4, 4), or (B, V, P, 4, 4) of what moves -> (B, V, 3, size, size), on the CPU."""
-    draw = render.render if trained.posenet is None else render.render_moving
+    draw = render.render_skipping if trained.posenet is None else render.render_moving
     rgb, _ = draw(volumes, cameras.to(volumes), intrinsics.to(volumes), size, n_samples)
     return rgb.cpu()
 
@@ -345,6 +357,27 @@ def surface_points(volume, n, seed=0, samples=192):
             chosen = torch.randperm(len(found), generator=generator)[:n]
             return found[chosen]
     return nothing
+
+
+def debris(volume):
+    """Share of a volume's solid voxels, which stop half of the light, that are not in its largest
+    piece: (4, D, H, W) -> 0 (one piece) to 1; nan for an empty volume.
+
+    All voxels of a piece come to have one number, the largest of theirs: over and over, each takes
+    the largest of the 26 around it.
+    """
+    density = volume[0].cpu()
+    solid = density * (2 / density.shape[-1]) > math.log(2)
+    if not solid.any():
+        return math.nan
+    numbers = torch.arange(1, solid.numel() + 1, dtype=torch.float64).view(solid.shape) * solid
+    while True:
+        spread = F.max_pool3d(numbers[None], 3, stride=1, padding=1)[0] * solid
+        if torch.equal(spread, numbers):
+            break
+        numbers = spread
+    _, sizes = numbers[solid].unique(return_counts=True)
+    return 1 - float(sizes.max() / sizes.sum())
 
 
 def clouds(dataset, volumes, n=2048):
@@ -849,6 +882,9 @@ def evaluate(trained, dataset, n, views, steps, churn, seed, shapes=True, baseli
                    them, against the decoded training objects
     empty          share of samples without any surface: they have no part in these three
     memorization   median distance (see sample.appearance) to the nearest training object
+    debris         mean over the samples that are not empty: see there
+    fd_unseen      of built-in objects: fd to as many others as were learned from, which copies of
+                   what was learned do not lower
     The same with _direct (embeddings drawn from a fitted Gaussian), _direct_normal (from N(0, I))
     and _train (training objects themselves: the floor). And seconds_per_sample, of the first.
     """
@@ -858,6 +894,8 @@ def evaluate(trained, dataset, n, views, steps, churn, seed, shapes=True, baseli
     volumes, seconds = volumes_to_score(trained, n, steps, churn, seed, known, baselines)
     scores = {"samples": n, "views": views, "seconds_per_sample": round(seconds, 4)}
     true = true_features(dataset, features)
+    others = others_of(trained)
+    unseen = None if others is None else true_features(others, features)
     if shapes:
         reference = clouds(dataset, known)
         reference_apart = nearest_clouds(reference, reference, same=True)
@@ -865,6 +903,11 @@ def evaluate(trained, dataset, n, views, steps, churn, seed, shapes=True, baseli
         ours = rendered_features(trained, made, dataset, views, features=features)
         scores[f"fd{kind}"] = round(frechet_distance(ours, true), 5)
         scores[f"kd{kind}"] = round(kernel_distance(ours, true), 7)
+        if unseen is not None:
+            scores[f"fd_unseen{kind}"] = round(frechet_distance(ours, unseen), 5)
+        pieces = [share for share in map(debris, made) if not math.isnan(share)]
+        if pieces:
+            scores[f"debris{kind}"] = round(statistics.mean(pieces), 4)
         nearest = memorization(trained, made, known_appearance, same=kind == "_train")
         scores[f"memorization{kind}"] = round(nearest, 4)
         if shapes:
@@ -875,7 +918,9 @@ def evaluate(trained, dataset, n, views, steps, churn, seed, shapes=True, baseli
 
 def print_scores(scores):
     """Scores as a table: a row for each kind of sample, a column for each number; then the rest."""
-    names = ["fd", "kd", "memorization"]
+    names = ["fd", "kd", "memorization", "debris"]
+    if "fd_unseen" in scores:
+        names.insert(1, "fd_unseen")
     if "empty" in scores:
         names += ["cov", "mmd", "nna", "empty"]
     if "fd" in scores:
@@ -900,9 +945,9 @@ def warn_of_few_views(views, features):
 
 
 # ---- Runs side by side ---------------------------------------------------------------------------
-COMPARED = ("psnr_heldout", "mask_heldout", "fd", "kd", "cov", "mmd", "nna", "memorization",
-            "text_colour", "text_parts", "text_diversity", "seconds_stage1", "seconds_stage2",
-            "seconds_per_sample")
+COMPARED = ("psnr_heldout", "mask_heldout", "fd", "fd_unseen", "kd", "cov", "mmd", "nna",
+            "memorization", "debris", "text_colour", "text_parts", "text_diversity",
+            "seconds_stage1", "seconds_stage2", "seconds_per_sample")
 NOT_A_KIND = ("seed", "log_every", "save_every")         # settings that make no other kind of run
 
 

@@ -323,6 +323,36 @@ def test_surface_points_follow_their_seed_and_an_empty_volume_has_none():
     assert evaluate.surface_points(torch.zeros(4, 8, 8, 8), 10).shape == (0, 3)
 
 
+def solid_at(*boxes, side=12):
+    """A volume that is solid within boxes of voxels, ((z, z'), (y, y'), (x, x')) each."""
+    volume = torch.zeros(4, side, side, side)
+    for (z0, z1), (y0, y1), (x0, x1) in boxes:
+        volume[0, z0:z1, y0:y1, x0:x1] = 1.01 * math.log(2) * side / 2
+    return volume
+
+
+def test_debris_is_what_does_not_hang_together_with_the_largest_piece():
+    large, small = ((0, 3), (0, 3), (0, 3)), ((5, 7), (5, 7), (9, 11))
+    assert evaluate.debris(solid_at(large)) == 0
+    assert evaluate.debris(solid_at(large, small)) == pytest.approx(8 / 35)
+    one = ((8, 9), (0, 1), (0, 1))
+    assert evaluate.debris(solid_at(large, small, one)) == pytest.approx(9 / 36)
+    corner = ((3, 4), (3, 4), (3, 4))                    # touches `large` with a corner
+    assert evaluate.debris(solid_at(large, corner)) == 0
+    assert math.isnan(evaluate.debris(solid_at()))
+    assert math.isnan(evaluate.debris(0.98 * solid_at(large)))         # fog is not solid
+
+
+def test_a_piece_may_be_long_and_winding():
+    snake = []
+    for row in range(0, 12, 2):                          # there and back again, in one layer
+        snake.append(((0, 1), (row, row + 1), (0, 12)))
+        end = 11 if row % 4 == 0 else 0
+        snake.append(((0, 1), (row + 1, row + 2), (end, end + 1)))
+    assert evaluate.debris(solid_at(*snake)) == 0
+    assert evaluate.debris(solid_at(*snake, ((5, 6), (5, 6), (5, 6)))) == pytest.approx(1 / 79)
+
+
 def test_points_on_a_box_are_as_many_on_each_face_as_its_area_says():
     box = data.box((0, 0, 0), (1, 2, 3), (1, 1, 1))
     points = evaluate.sample_surface([box], 20_000, np.random.default_rng(0))
@@ -721,7 +751,7 @@ def test_every_kind_of_sample_gets_every_score(run, tmp_path, capsys):
     evaluate.main(["--run", str(run), *FEW, "--steps", "2", "--out", str(tmp_path)])
     metrics = metrics_of(tmp_path)
     for kind in evaluate.KINDS_OF_SAMPLES:
-        for name in ("fd", "kd", "memorization"):
+        for name in ("fd", "fd_unseen", "kd", "memorization"):
             assert math.isfinite(metrics[name + kind])
         assert 0 <= metrics["empty" + kind] <= 1
     for name in ("psnr_heldout", "ssim_heldout", "mask_heldout", "seconds_per_sample"):
@@ -744,13 +774,25 @@ def test_too_few_training_views_for_the_features_are_told(run, tmp_path, capsys)
 
 
 def test_scores_of_an_earlier_evaluation_do_not_stay_beside_those_of_this_one(run, tmp_path):
-    earlier = {"fd": 1.0, "fd_direct": 1.0, "cov_train": 0.5, "empty": 0.0, "seconds_stage1": 3.0}
+    earlier = {"fd": 1.0, "fd_direct": 1.0, "cov_train": 0.5, "empty": 0.0, "debris_train": 0.1,
+               "seconds_stage1": 3.0}
     (tmp_path / "metrics.json").write_text(json.dumps(earlier))
     evaluate.main(["--run", str(run), *FEW, "--steps", "1", "--no-baselines", "--no-shapes",
                    "--out", str(tmp_path)])
     metrics = metrics_of(tmp_path)
     assert metrics["fd"] != 1.0 and metrics["seconds_stage1"] == 3.0
-    assert not {"fd_direct", "cov_train", "empty"} & set(metrics)
+    assert not {"fd_direct", "cov_train", "empty", "debris_train"} & set(metrics)
+
+
+def test_unseen_objects_are_as_many_and_none_that_was_learned(run):
+    trained = sample.open_run(run)
+    others = evaluate.others_of(trained)
+    assert others.names == ["0004", "0005", "0006", "0007"]
+    eight = data.load("synthetic", 16, 6, 0, 8, 6)
+    assert torch.equal(others.images, eight.images[24:])
+    for change in (dict(source="/photos"), dict(data_settings=train.AllSettings(objects="0001"))):
+        changed = SimpleNamespace(**vars(trained) | change)
+        assert evaluate.others_of(changed) is None
 
 
 def test_samples_follow_the_seed_and_the_sampler_as_asked(run):

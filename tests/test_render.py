@@ -412,6 +412,95 @@ def test_samples_lie_in_the_middle_of_their_intervals_or_evenly_anywhere_in_them
     assert not torch.equal(other, t)
 
 
+# ---- No time for empty space --------------------------------------------------------------------
+def speckled(n_objects=2, side=12, speckles=9):
+    """Volumes in which some single voxels are dense, and all others empty: faces, corners, too."""
+    g = torch.Generator().manual_seed(0)
+    volume = torch.rand(n_objects, 4, side, side, side, generator=g, dtype=F64)
+    chosen = torch.rand(n_objects, side**3, generator=g).argsort(1)[:, :speckles]
+    chosen[:, 0] = 0
+    chosen[:, 1] = side**3 - 1
+    density = torch.zeros(n_objects, side**3, dtype=F64)
+    density.scatter_(1, chosen, 20.0)
+    volume[:, 0] = density.view(n_objects, side, side, side)
+    return volume
+
+
+def both_ways(volume, size=14, n_samples=30, seed=None):
+    """Pictures and gradients of render, and of render_skipping."""
+    camera, lens = cameras((0.4, 0.2), (2.0, -0.7), (4.1, 1.2))
+    camera, lens = (x.expand(len(volume), *x.shape[1:]) for x in (camera, lens))
+    found = []
+    for draw in (render.render, render.render_skipping):
+        leaf = volume.clone().requires_grad_()
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        rgb, occupancy = draw(leaf, camera, lens, size, n_samples, generator)
+        (rgb.square().sum() + occupancy.sum()).backward()
+        found.append((rgb.detach(), occupancy.detach(), leaf.grad))
+    return found
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_passing_over_empty_space_changes_no_picture_and_no_gradient_of_what_is_there(seed):
+    volume = speckled()
+    (rgb, occupancy, gradient), (same_rgb, same_occupancy, same_gradient) = both_ways(
+        volume, seed=seed)
+    assert occupancy.max() > 0.5 and (occupancy == 0).any()
+    torch.testing.assert_close(same_rgb, rgb, rtol=0, atol=1e-12)
+    torch.testing.assert_close(same_occupancy, occupancy, rtol=0, atol=1e-12)
+    there = (volume[:, :1] > 0).expand_as(volume)
+    torch.testing.assert_close(same_gradient[there], gradient[there], rtol=0, atol=1e-12)
+    # And next to it, or nothing could grow; farther away there is none.
+    near = render.not_empty(volume[:, :1])
+    assert same_gradient[:, 0][near].abs().mean() > 0.1 * gradient[:, 0][near].abs().mean()
+    reached = torch.nn.functional.max_pool3d(near.double(), 3, 1, 1) > 0
+    assert (same_gradient[:, 0][~reached] == 0).all() and gradient[:, 0][~reached].abs().max() > 0
+
+
+def test_a_voxel_is_full_if_it_or_one_next_to_it_is_thicker_than_the_bound():
+    density = torch.zeros(1, 1, 8, 8, 8, dtype=F64)
+    density[0, 0, 2, 5, 7] = 1.001e-3 / (2 / 8)
+    density[0, 0, 6, 1, 1] = 0.999e-3 / (2 / 8)
+    full = render.not_empty(density)[0]
+    expected = torch.zeros(8, 8, 8, dtype=torch.bool)
+    expected[1:4, 4:7, 6:] = True
+    assert torch.equal(full, expected)
+
+
+def test_only_what_is_near_something_is_looked_up(monkeypatch):
+    looked_up = []
+    sample_volume = render.sample_volume
+
+    def counting(volume, points):
+        looked_up.append(points.numel() // 3)
+        return sample_volume(volume, points)
+
+    monkeypatch.setattr(render, "sample_volume", counting)
+    both_ways(speckled(speckles=3))
+    everything, *parts = looked_up
+    assert len(parts) == 2 and 0 < sum(parts) < 0.1 * everything
+    looked_up.clear()
+    both_ways(random_volume())                                         # fog: the same twice
+    assert looked_up == [3 * 14 * 14 * 30] * 2
+
+
+def test_an_object_that_has_vanished_gets_gradients_and_may_come_back():
+    volume = speckled(n_objects=3)
+    volume[1, 0] = 0
+    dense, skipping = both_ways(volume)
+    torch.testing.assert_close(skipping[2][1], dense[2][1], rtol=0, atol=1e-12)
+    assert skipping[2][1, 0].abs().max() > 0
+
+
+def test_cameras_may_look_past_all_that_is_there():
+    volume = speckled(speckles=2)
+    camera, lens = cameras((0.4, 0.2), lens=(9.0, 9.0, 0.5, 0.5))
+    camera, lens = camera.expand(2, 1, 4, 4), lens.expand(2, 1, 4)
+    rgb, occupancy = render.render_skipping(volume.requires_grad_(), camera, lens, 8, 20)
+    assert (rgb == 0).all() and (occupancy == 0).all()
+    occupancy.sum().backward()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_too_the_cpus_generator_decides_where_samples_lie():
     near = torch.full((1, 50), 3.0, device="cuda")

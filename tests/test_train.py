@@ -120,7 +120,7 @@ def everything(arguments):
     loop = train.train_stage1 if state.posenet is None else train.train_moving
     numbers = [dataset.images, dataset.heldout, dataset.cam2world]
     steps = loop(settings, dataset, state, features, train.draw_coarse_to_fine)
-    numbers += [torch.tensor(pair) for pair in steps]
+    numbers += [torch.stack(pair) for pair in steps]
     numbers += list(state.autodecoder.state_dict().values())
     if state.posenet is not None:
         numbers += list(state.posenet.state_dict().values())
@@ -128,7 +128,7 @@ def everything(arguments):
     first = {"captions": dataset.captions, "fingerprint": ""}
     settings, second = train.new_stage2(settings, latents, first, None, "cpu")
     loop = train.train_text if settings.text else train.train_stage2
-    numbers += [torch.tensor(loss) for loss in loop(settings, second)]
+    numbers += list(loop(settings, second))
     numbers += list(second.average.state_dict().values())
     if not settings.text:
         noise = torch.randn(2, *second.average.latent_shape,
@@ -440,17 +440,17 @@ def test_objects_are_looked_at_from_where_a_typical_training_camera_stood():
     assert train.turntable_view(near) == {"distance": 1.8, "elevation": pytest.approx(0.1)}
 
 
-def test_a_run_compares_what_it_is_told_to_in_pictures_that_grow(tmp_path, monkeypatch):
+def test_a_run_compares_what_it_is_told_to_and_skips_what_is_empty(tmp_path, monkeypatch):
     seen = []
 
-    def loop(settings, dataset, state, features, draw):
-        seen.extend([features, draw])
+    def loop(settings, dataset, state, features, draw, renderer):
+        seen.extend([features, draw, renderer])
         state.step = settings.steps_stage1
         yield 1.0, 1.0
 
     monkeypatch.setattr(train, "train_stage1", loop)
     run("--stage", "1", "--steps", "1", "--perceptual", "pixels", out=tmp_path)
-    assert seen == [train.autodecoder.pixels, train.draw_coarse_to_fine]
+    assert seen == [train.autodecoder.pixels, train.draw_coarse_to_fine, render.render_skipping]
 
 
 @pytest.mark.slow
