@@ -1418,6 +1418,9 @@ def keep_what_will_not_fit(settings, folder, old):
 def learn_stage1(settings, dataset, state, features, folder, source, stop):
     """The steps themselves, and what is written meanwhile; stop: see data.finishing_steps."""
     began = time.time() - state.seconds
+    # A sheet of renders comes with every checkpoint; before the first, whenever steps have doubled:
+    # at the beginning objects change fast.
+    drawn_at = max(state.step, settings.log_every // 2)
     if state.posenet is not None:
         steps = train_moving(settings, dataset, state, features, draw_coarse_to_fine)
     else:
@@ -1433,11 +1436,12 @@ def learn_stage1(settings, dataset, state, features, folder, source, stop):
             save_stage1(settings, state, dataset, folder, source)
         if stopping:
             return
-        if due:
+        if due or state.step >= 2 * drawn_at:
             # What goes wrong is seen here long before any number tells: empty pictures, objects
             # that are mirrored or upside down, fog around them.
             sample.save_training_sheet(folder / "training.png", state, dataset)
             plot_log(folder)
+            drawn_at = state.step
 
 
 def finish_stage1(settings, state, dataset, folder):

@@ -422,6 +422,20 @@ def test_learning_rates_fall_linearly_to_nothing_in_both_stages():
     assert rates == pytest.approx([0.2, 0.16, 0.12, 0.08, 0.04])
 
 
+def test_sheets_come_early_and_with_every_checkpoint(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(sample, "save_training_sheet",
+                        lambda path, state, dataset: drawn.append(state.step))
+    monkeypatch.setattr(train, "plot_log", lambda *_: None)
+    monkeypatch.setattr(sample, "save_orbit", lambda *_: None)
+    flags = ("--stage", "1", "--log-every", "4", "--save-every", "20")
+    run(*flags, "--steps", "24", out=tmp_path)
+    assert drawn == [4, 8, 16, 20, 24]
+    drawn.clear()
+    run(*flags, "--steps", "26", out=tmp_path, resume=True)
+    assert drawn == [26]
+
+
 def test_the_loss_of_stage_1_is_eq_1_and_eq_2_weighted():
     rgb, occupancy = torch.full((1, 1, 3, 8, 8), 0.5), torch.full((1, 1, 1, 8, 8), 0.75)
     images, masks = torch.full((1, 1, 3, 8, 8), 0.25), torch.ones(1, 1, 1, 8, 8)
