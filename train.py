@@ -329,6 +329,8 @@ class AllSettings(Settings):
     n_sheet: int = option(8, "sampling", "objects on the first sheet")
     log_every: int = option(50, "run", "steps between lines of the log")
     save_every: int = option(500, "run", "steps between checkpoints")
+    precision: str = option("float32", "run", "float32, or bf16: what the networks compute in")
+    compile: bool = option(False, "run", "compile the networks: a minute, then faster steps")
 
     # No flags: fit_to_data reads these two from the clips.
     focal: float = option(5.7, None, "focal length as a share of the picture's side")
@@ -405,7 +407,7 @@ BOUNDS = {
     "sample_steps": (1, 10_000), "churn": (0, 1e6), "n_sheet": (1, 1000),
     "log_every": (1, 10**9), "save_every": (1, 10**9), "seed": sample.SEEDS, "focal": POSITIVE}
 CHOICES = {"norm": ("batch", "group"), "hash_rule": ("spread", "paper"),
-           "normalization": ("robust", "meanstd", "none")}
+           "normalization": ("robust", "meanstd", "none"), "precision": ("float32", "bf16")}
 LENGTHS = {"betas": (2,), "growth": (2,), "reach": (0, 3)}   # of lists: how many numbers
 WHOLE = ("decoder_attention", "unet_multipliers", "unet_attention")      # lists of whole numbers
 
@@ -1295,6 +1297,30 @@ def keep_aside(folder, moved=(), copied=()):
     print(f"kept    | of the earlier run in {folder}: {', '.join(names)}")
 
 
+# ---- On a GPU ------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def sped_up(settings, network, device):
+    """Within, the network's forward computes as --precision and --compile say.
+
+    bfloat16 has float32's range, and 8 bits of its precision: enough between layers. Weights,
+    losses, cameras, places of samples and the sampler's x stay float32.
+    """
+    forward = network.forward
+    if settings.compile:
+        forward = torch.compile(forward)
+
+    def in_bf16(*arguments):
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            answer = forward(*arguments)
+        return answer.float()
+
+    network.forward = in_bf16 if settings.precision == "bf16" else forward
+    try:
+        yield
+    finally:
+        del network.forward                              # the class's own is back
+
+
 # ---- Stage 1, from the first step or from a checkpoint -------------------------------------------
 #
 # Around the loop of the first reading: a state that is new or was saved, a log, checkpoints and
@@ -1399,7 +1425,8 @@ def run_stage1(settings, dataset, folder, device, source, resume=False):
     if goes_on:                                          # else the log has rows of stage 2 to keep
         means = None if old is None else old["log"]
         state.log = Log(folder, 1, state.step, settings.steps_stage1, settings.log_every, means)
-    with telling_what_is_kept(path), data.finishing_steps() as stop:
+    with telling_what_is_kept(path), data.finishing_steps() as stop, \
+            sped_up(settings, state.autodecoder, device):
         learn_stage1(settings, dataset, state, features, folder, source, stop)
     finish_stage1(settings, state, dataset, folder)
 
@@ -1572,7 +1599,8 @@ def run_stage2(settings, folder, device, resume=False, latents=None, given=(), d
         add_metrics(folder, settings, OF_SAMPLES)        # those of an older stage 2 go
     means = None if old is None else old["log"]
     state.log = Log(folder, 2, state.step, settings.steps_stage2, settings.log_every, means)
-    with telling_what_is_kept(path), data.finishing_steps() as stop:
+    with telling_what_is_kept(path), data.finishing_steps() as stop, \
+            sped_up(settings, state.model, device):
         learn_stage2(settings, state, folder, stop)
     add_metrics(folder, settings, seconds_stage2=round(state.seconds, 1), steps_stage2=state.step,
                 peak_memory_gib_stage2=peak_memory_gib())

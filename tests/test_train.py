@@ -171,7 +171,7 @@ FLAGS = {
 ELSEWHERE = {"clip_filter": "test_data.py", "as_clips": "test_data.py",
              "max_megapixels": "test_data.py", "max_frames": "test_data.py", "t5": "t5",
              "guidance": "test_sample.py", "n_sheet": "sheet", "log_every": "log",
-             "save_every": "saved"}
+             "save_every": "saved", "precision": "bfloat16", "compile": "compiled"}
 
 
 def test_every_setting_is_a_flag_that_some_test_turns():
@@ -1061,6 +1061,54 @@ def test_another_decoder_moves_the_whole_run_aside_after_all_checks(stage1, tmp_
     assert (tmp_path / "stage1.old1.pt").read_bytes() == before
     assert (tmp_path / "stage1.pt").read_bytes() == (stage1 / "stage1.pt").read_bytes()
     assert train.read_metrics(tmp_path)["source"] == "synthetic"
+
+
+# ---- On a GPU ------------------------------------------------------------------------------------
+def test_bfloat16_is_what_a_network_computes_in_and_nothing_else():
+    settings = settings_of(precision="bf16")
+    torch.manual_seed(0)
+    decoder = train.autodecoder.build_decoder(settings, 4).eval()
+    k = torch.arange(4)
+    inside = []
+    decoder.head.register_forward_hook(lambda module, args, answer: inside.append(answer.dtype))
+    exact = decoder(k)
+    with train.sped_up(settings, decoder, "cpu"):
+        rough = decoder(k)
+    again = decoder(k)
+    assert inside == [torch.float32, torch.bfloat16, torch.float32]
+    assert rough.dtype == torch.float32 and torch.equal(again, exact)
+    assert 0 < (rough - exact).abs().max() < 0.03 * exact.abs().max()
+    rough.mean().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in decoder.parameters())
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_both_stages_learn_in_bfloat16_nearly_what_they_learn_in_float32(tmp_path):
+    run("--steps", "6", out=tmp_path / "exact")
+    run("--steps", "6", "--precision", "bf16", out=tmp_path / "rough")
+    exact, rough = (log_rows(tmp_path / name)[1:] for name in ("exact", "rough"))
+    for a, b in zip(exact, rough):
+        assert a[:2] == b[:2] and a[2] != b[2]
+        assert float(b[2]) == pytest.approx(float(a[2]), rel=0.03)
+    weights = sample.load_checkpoint(tmp_path / "rough", 1)["model"]
+    assert {w.dtype for w in weights.values() if w.is_floating_point()} == {torch.float32}
+    with pytest.raises(data.BadInput, match="--precision"):
+        run("--precision", "int8", out=tmp_path / "other")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_both_networks_are_compiled_if_asked(tmp_path, monkeypatch):
+    compiled = []
+
+    def note(forward):
+        compiled.append(type(forward.__self__).__name__)
+        return forward
+
+    monkeypatch.setattr(torch, "compile", note)
+    run("--steps", "2", out=tmp_path / "no")
+    assert compiled == []
+    run("--steps", "2", "--compile", out=tmp_path / "yes")
+    assert compiled == ["AutoDecoder", "Denoiser"]
 
 
 # ---- Signals -------------------------------------------------------------------------------------
