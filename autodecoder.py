@@ -774,6 +774,14 @@ class PoseNet(nn.Module):
         return cls(settings.parts, settings.keypoints, settings.focal, settings.body,
                    settings.pose_width)
 
+    def _apply(self, change, recurse=True):
+        """What .to(device) does to all that a module holds. The two counters stay on the CPU: they
+        are read in every step, and to read a number from a GPU is to wait for it."""
+        counters = self.batches, self.active
+        super()._apply(change, recurse)
+        self.batches, self.active = counters
+        return self
+
     def points2d(self, frames):
         """(n, 3, 64, 64) -> (n, P, K, 2) in half widths."""
         return self.keypoints(frames).unflatten(1, self.canonical.shape[:2])
@@ -908,7 +916,6 @@ class MovingDecoder(AutoDecoder):
         prior = prior.contiguous(memory_format=torch.channels_last_3d)
         self.register_buffer("prior", prior)
         self.register_buffer("growth", torch.tensor(1.0))
-        # On the CPU even where all else has no numbers ("meta"): faded asks for its value.
         self.register_buffer("detail", torch.ones(len(self.levels), device="cpu"))
 
     @classmethod
@@ -919,11 +926,19 @@ class MovingDecoder(AutoDecoder):
             settings, n_objects, embedding, parts=settings.parts, half_axes=half_axes,
             skin_layout=settings.skin_layout, reach=settings.reach)
 
+    def _apply(self, change, recurse=True):
+        """What .to(device) does. `detail` stays on the CPU: faded reads it, see PoseNet._apply."""
+        detail = getattr(self, "detail", None)         # AutoDecoder is built before there is one
+        super()._apply(change, recurse)
+        if detail is not None:
+            self.detail = detail
+        return self
+
     def decode_raw(self, latent):
         """The convolutions of G2, and the prior: latent -> (B, 4 or 4 + P, D, H, W), any number."""
         x = latent.contiguous(memory_format=torch.channels_last_3d)
         for i in range(self.cut, len(self.levels)):
-            x = faded(self.levels[i], x, self.detail[i])
+            x = faded(self.levels[i], x, float(self.detail[i]))
         x = self.head(x)
         grown = x[:, :1] * self.growth
         return torch.cat([grown, x[:, 1:]], dim=1) + self.prior

@@ -1111,6 +1111,45 @@ def test_both_networks_are_compiled_if_asked(tmp_path, monkeypatch):
     assert compiled == ["AutoDecoder", "Denoiser"]
 
 
+@pytest.fixture()
+def on_meta(monkeypatch):
+    """torch's "meta" device has shapes and no numbers: whoever reads one there, or brings a tensor
+    that stayed on the CPU, fails as a GPU would wait, or fail. It has neither fused Adam nor
+    random generators."""
+    adam, place_samples = torch.optim.Adam, render.place_samples
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, fused, **kwargs: adam(*args, **kwargs))
+    monkeypatch.setattr(render, "place_samples",
+                        lambda near, far, n, generator=None: place_samples(near, far, n))
+
+
+@pytest.mark.parametrize("flags", [RIGID, MOVING + ["--parts", "3"], TEXT],
+                         ids=["rigid", "moving", "text"])
+def test_no_step_of_training_or_sampling_waits_for_the_device(flags, on_meta):
+    args, settings = train.parse(flags)
+    dataset = data.load_for(settings, args.data)
+    settings = train.fit_to_data(settings, args.cameras, dataset)
+    state = train.new_stage1(settings, dataset, "meta")
+    features = train.autodecoder.build_features(settings.perceptual, "meta")
+    if state.posenet is None:
+        steps = train.train_stage1(settings, dataset, state, features, train.draw_coarse_to_fine,
+                                   render.render_skipping)
+    else:
+        steps = train.train_moving(settings, dataset, state, features, train.draw_coarse_to_fine)
+    for loss, error in steps:                            # all of them: of what moves, parts split
+        assert loss.device.type == error.device.type == "meta"
+    latents = torch.randn(dataset.n_objects, *state.autodecoder.latent_shape)
+    first = {"captions": dataset.captions, "fingerprint": ""}
+    settings, state = train.new_stage2(settings, latents, first, None, "cpu")
+    for module in (state.model, state.average):
+        module.to("meta")
+    state.latents = state.latents.to("meta")
+    steps = (train.train_text if settings.text else train.train_stage2)(settings, state)
+    assert next(steps).device.type == "meta"
+    if not settings.text:
+        noise = torch.randn(2, *latents.shape[1:], device="meta")
+        assert diffusion.edm_sampler(state.average, noise, 3).device.type == "meta"
+
+
 # ---- Signals -------------------------------------------------------------------------------------
 def signal_at(monkeypatch, step, *numbers):
     """Sends signals to ourselves in a step of training, after its loss was logged."""
