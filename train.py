@@ -910,7 +910,9 @@ def telling_what_is_kept(path):
     """Around a loop: where it diverges, the line also says what is left, `path` or nothing."""
     try:
         yield
-    except Diverged as error:
+    except (Diverged, torch.linalg.LinAlgError) as error:
+        if not isinstance(error, Diverged):                  # while a sheet was drawn, or poses kept
+            error = "stage 1: poses are not finite"
         kept = "nothing had been saved"
         if path.exists():
             kept = f"the last good checkpoint is kept, {path}"
@@ -1112,8 +1114,8 @@ def fingerprint(model):
 
 
 def refuse_divergence(stage, step, *models):
-    """Before each saving: a finite loss may have had gradients that are not, and weights that are
-    NaN must not replace good ones."""
+    """Before what they make is drawn or saved: a finite loss may have had gradients that are not,
+    and weights that are NaN must not replace good ones."""
     for model in models:
         for name, value in model.named_parameters():
             if not torch.isfinite(value).all():
@@ -1448,6 +1450,7 @@ def learn_stage1(settings, dataset, state, features, folder, source, stop):
     # A sheet of renders comes with every checkpoint; before the first, whenever steps have doubled:
     # at the beginning objects change fast.
     drawn_at = max(state.step, settings.log_every // 2)
+    networks = [network for network in (state.autodecoder, state.posenet) if network is not None]
     if state.posenet is not None:
         steps = train_moving(settings, dataset, state, features, draw_coarse_to_fine)
     else:
@@ -1466,6 +1469,7 @@ def learn_stage1(settings, dataset, state, features, folder, source, stop):
         if due or state.step >= 2 * drawn_at:
             # What goes wrong is seen here long before any number tells: empty pictures, objects
             # that are mirrored or upside down, fog around them.
+            refuse_divergence(1, state.step, *networks)
             sample.save_training_sheet(folder / "training.png", state, dataset)
             plot_log(folder)
             drawn_at = state.step
