@@ -185,9 +185,13 @@ def not_empty(density, empty=1e-3):
     TRAP: without samples there is no gradient, and an object that has vanished could not come back.
     All of its voxels count.
     """
-    voxel = 2 / density.shape[-1]                       # its side, in world units
-    densest = F.max_pool3d(density.detach(), 3, stride=1, padding=1)
-    full = densest[:, 0] * voxel > empty
+    side = density.shape[-1]
+    full = density[:, 0].detach() * (2 / side) > empty
+    for axis in (1, 2, 3):                              # F.max_pool3d takes twenty times as long
+        first, last = full.narrow(axis, 0, 1), full.narrow(axis, side - 1, 1)
+        before = torch.cat([first, full.narrow(axis, 0, side - 1)], axis)
+        after = torch.cat([full.narrow(axis, 1, side - 1), last], axis)
+        full = before | full | after
     vanished = ~full.any(-1).any(-1).any(-1)            # (B,)
     return full | vanished[:, None, None, None]
 

@@ -39,7 +39,7 @@ MUTANTS = [
     ("render", "for axis in (4, 3, 2):", "for axis in (2, 3, 4):"),
     ("render", "normal = F.normalize(-inwards, dim=-1)", "normal = F.normalize(inwards, dim=-1)"),
     ("render", 'padding_mode="border"', 'padding_mode="zeros"'),
-    ("render", "F.max_pool3d(density.detach(), 3, stride=1, padding=1)", "density.detach()"),
+    ("render", "full = before | full | after", "full = before | full"),
     ("render", "return full | vanished[:, None, None, None]", "return full"),
     ("render", "for axis in (2, 1, 0):", "for axis in (0, 1, 2):"),
     ("render", "values[seen] = sample_volume(volume[b:b + 1]",
