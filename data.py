@@ -236,6 +236,7 @@ import shlex  # noqa: E402
 import struct  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
+import time  # noqa: E402
 from collections import Counter  # noqa: E402
 from dataclasses import field  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -3087,6 +3088,19 @@ def is_moving(source, as_clips=False):
 
 
 # ---- Load ----------------------------------------------------------------------------------------
+def telling(items, what, every=10.0):
+    """The items of a list one by one; every ten seconds a line tells how many are done, and when
+    the rest will be, if it takes as long."""
+    began = told = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done > 0 and now - told >= every:
+            left = (now - began) / done * (len(items) - done)
+            print(f"{what} | {done}/{len(items)} | {left:.0f} s left", flush=True)
+            told = now
+        yield item
+
+
 def load(source, size, holdout=6, seed=0, n_objects=128, n_views=24, objects=None, arc=0.0,
          shared_colours=True, clip_filter=False, as_clips=False, max_megapixels=64.0,
          max_frames=2000):
@@ -3113,7 +3127,7 @@ def load(source, size, holdout=6, seed=0, n_objects=128, n_views=24, objects=Non
     found = find(source, n_objects, reading)
     chosen = choose(found, objects, source)
     names, captures = [], []
-    for one in chosen:
+    for one in telling(chosen, "data    | objects"):
         with reading.trying("object", one.name):
             captures.append(build(one))
             names.append(one.name)

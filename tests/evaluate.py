@@ -899,7 +899,7 @@ def evaluate(trained, dataset, n, views, steps, churn, seed, shapes=True, baseli
     if shapes:
         reference = clouds(dataset, known)
         reference_apart = nearest_clouds(reference, reference, same=True)
-    for kind, made in volumes.items():
+    for kind, made in data.telling(list(volumes.items()), "scores  | kinds of sample"):
         ours = rendered_features(trained, made, dataset, views, features=features)
         scores[f"fd{kind}"] = round(frechet_distance(ours, true), 5)
         scores[f"kd{kind}"] = round(kernel_distance(ours, true), 7)

@@ -2260,3 +2260,24 @@ def test_command_line_errors_are_one_line_and_status_2(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())                  # nothing half-written
+
+
+# ---- What takes long says so ---------------------------------------------------------------------
+def test_every_ten_seconds_a_line_tells_how_long_the_rest_will_take(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(data.time, "monotonic", lambda: now[0])
+    done = []
+    for item in data.telling(list("abcdef"), "letters"):
+        done.append(item)
+        now[0] += 4                                      # seconds for each
+    assert done == list("abcdef")
+    assert capsys.readouterr().out.splitlines() == ["letters | 3/6 | 12 s left"]
+    assert list(data.telling([], "letters")) == [] and not capsys.readouterr().out
+
+
+def test_loading_tells_of_its_objects(monkeypatch, capsys):
+    ticks = iter(range(0, 1000, 11))
+    monkeypatch.setattr(data.time, "monotonic", lambda: next(ticks))
+    data.load("synthetic", 8, n_objects=3, n_views=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["data    | objects | 1/3 | 44 s left", "data    | objects | 2/3 | 16 s left"]
