@@ -170,20 +170,20 @@ def render(volume, cam2world, intrinsics, size, n_samples, generator=None):
     colour, occupancy, _ = integrate(density, rgb, edges)
     return colour.movedim(-1, 2), occupancy[:, :, None]
 
-# ==== Second reading: no time for empty space; points in pictures; depth and normals; what moves ==
+# ==== Second reading: empty space; points in pictures; depth and normals; what moves ==============
 
 
 # ---- No time for empty space ---------------------------------------------------------------------
-# Nine of ten samples lie where a trained object is not. To look those up, and to send a gradient
-# back to them, is most of render's work, and it changes nothing.
+# Nine of ten samples lie where a trained object is not. To look them up, and to send a gradient
+# back, is most of render's work, and it changes nothing.
 def not_empty(density, empty=1e-3):
     """Voxels in which a sample may find something: density (B, 1, D, H, W) -> (B, D, H, W) bool.
 
     empty  the optical thickness up to which a voxel counts as empty
 
-    A sample is interpolated from its own voxel and those next to it: none of them may be dense.
-    TRAP: without samples there is no gradient, and an object that has vanished could not come back.
-    All of its voxels count.
+    A sample is interpolated from its own voxel and those next to it: it finds nothing only where
+    all of them are empty. TRAP: where nothing is sampled there is no gradient. An object that has
+    vanished could never come back: all of its voxels count.
     """
     side = density.shape[-1]
     full = density[:, 0].detach() * (2 / side) > empty
@@ -209,12 +209,12 @@ def look_into(full, o, d, t):
 
 
 def render_skipping(volume, cam2world, intrinsics, size, n_samples, generator=None):
-    """As render, and the same pictures, but for what thinner fog than not_empty sees adds to them.
+    """As render, but without fog that is thinner than not_empty's bound.
 
-    On a GPU it is render itself: the device would have to be asked how much there is to do.
+    On a GPU it is render: the device would have to be asked, and waited for, how much there is.
     """
     full = not_empty(volume[:, :1])
-    if volume.device.type != "cpu" or full.float().mean() > 0.5:       # fog: nothing to be gained
+    if volume.device.type != "cpu" or full.float().mean() > 0.5:       # fog: nothing to gain
         return render(volume, cam2world, intrinsics, size, n_samples, generator)
     o, d = camera_rays(cam2world, intrinsics, size)                    # (B, V, size, size, 3)
     near, far = box_interval(o, d)
@@ -223,7 +223,7 @@ def render_skipping(volume, cam2world, intrinsics, size, n_samples, generator=No
     for b in range(len(volume)):
         seen = look_into(full[b], o[b], d[b], t[b])                    # (V, size, size, S)
         hits = seen.any(-1)                                            # (V, size, size)
-        # From here on only the r rays that hit something, and of these only what they see.
+        # From here on: the r rays that hit something, and of their samples those.
         seen = seen[hits]                                              # (r, S)
         points = o[b][hits, None] + t[b][hits, :, None] * d[b][hits, None]
         values = points.new_zeros(*seen.shape, 4)
@@ -234,7 +234,6 @@ def render_skipping(volume, cam2world, intrinsics, size, n_samples, generator=No
         pictures.append(picture)
     pictures = torch.stack(pictures).movedim(-1, 2)                    # (B, V, 4, size, size)
     return pictures[:, :, :3], pictures[:, :, 3:]
-
 
 
 # ---- Points in pictures --------------------------------------------------------------------------

@@ -462,7 +462,8 @@ def test_the_turntable_shows_a_ball_of_radius_1_3_from_rim_to_rim(folder):
 def test_a_turntable_turns_once_evenly_and_shows_no_view_twice(folder, monkeypatch):
     seen = []
 
-    def watched(trained, volumes, azimuths, size):
+    def watched(trained, volumes, azimuths, size, renderer):
+        assert renderer is render.render_skipping
         seen.extend(azimuths)
         return torch.zeros(1, 4, 3, 8, 8), torch.zeros(1, 4, 1, 8, 8)
 
