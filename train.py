@@ -330,7 +330,7 @@ class AllSettings(Settings):
     log_every: int = option(50, "run", "steps between lines of the log")
     save_every: int = option(500, "run", "steps between checkpoints")
     precision: str = option("float32", "run", "float32, or bf16: what the networks compute in")
-    compile: bool = option(False, "run", "compile the networks: a minute, then faster steps")
+    compile: bool = option(False, "run", "compile the networks, which takes minutes: for a GPU")
 
     # No flags: fit_to_data reads these two from the clips.
     focal: float = option(5.7, None, "focal length as a share of the picture's side")
