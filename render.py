@@ -174,16 +174,15 @@ def render(volume, cam2world, intrinsics, size, n_samples, generator=None):
 
 
 # ---- No time for empty space ---------------------------------------------------------------------
-# Nine of ten samples lie where a trained object is not. To look them up, and to send a gradient
-# back, is most of render's work, and it changes nothing.
+# Nine of ten samples lie where a trained object is not: most of render's work changes nothing.
 def not_empty(density, empty=1e-3):
     """Voxels in which a sample may find something: density (B, 1, D, H, W) -> (B, D, H, W) bool.
 
     empty  the optical thickness up to which a voxel counts as empty
 
     A sample is interpolated from its own voxel and those next to it: it finds nothing only where
-    all of them are empty. TRAP: where nothing is sampled there is no gradient. An object that has
-    vanished could never come back: all of its voxels count.
+    all of them are empty. TRAP: an object that has vanished could never come back, as what is not
+    sampled gets no gradient: all of its voxels count.
     """
     side = density.shape[-1]
     full = density[:, 0].detach() * (2 / side) > empty
@@ -211,7 +210,7 @@ def look_into(full, o, d, t):
 def render_skipping(volume, cam2world, intrinsics, size, n_samples, generator=None):
     """As render, but without fog that is thinner than not_empty's bound.
 
-    On a GPU it is render: the device would have to be asked, and waited for, how much there is.
+    On a GPU it is render: to ask the device how much there is to do would be to wait for it.
     """
     full = not_empty(volume[:, :1])
     if volume.device.type != "cpu" or full.float().mean() > 0.5:       # fog: nothing to gain
