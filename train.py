@@ -911,7 +911,7 @@ def telling_what_is_kept(path):
     try:
         yield
     except (Diverged, torch.linalg.LinAlgError) as error:
-        if not isinstance(error, Diverged):                  # while a sheet was drawn, or poses kept
+        if not isinstance(error, Diverged):                  # for a sheet, or poses to be saved
             error = "stage 1: poses are not finite"
         kept = "nothing had been saved"
         if path.exists():

@@ -77,4 +77,4 @@ def test_a_row_is_timed_in_a_process_of_its_own(capfd):
     head, columns, row = capfd.readouterr().out.splitlines()
     assert "operations a second" in head and "ratio" in columns
     assert row.startswith("pnp ") and row.endswith(" GiB")
-    assert float(row.split()[3]) > 5                     # 256 at once are far faster than one by one
+    assert float(row.split()[3]) > 5                     # 256 at once, and one by one
