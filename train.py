@@ -59,6 +59,8 @@ class Settings:
     per_channel: bool = option(False, "stage 2", "one median and IQR per channel")
     latent_scale: float = option(1.0, "stage 2", "spread of the latents after normalization")
     sigma_data: float = option(0.5, "stage 2", "EDM's assumed spread of normalized latents")
+    P_mean: float = option(-1.2, "stage 2", "mean of the logarithm of the noise levels to learn")
+    P_std: float = option(1.2, "stage 2", "its standard deviation")
     unet_channels: int = option(128, "stage 2", "width of the U-Net")
     unet_multipliers: tuple = option((3, 4), "stage 2", "its factor at each resolution")
     unet_depth: int = option(2, "stage 2", "residual blocks per resolution")
@@ -71,10 +73,9 @@ class Settings:
     seed: int = option(0, "run", "of everything random")
 
 
-# For coursework: two CPU cores, two minutes. What is not named is as in the paper. Here G1 is the
-# linear layer alone, for the latent has the first volume's side. Rates are higher, for there are
-# 500 times fewer steps. Weights of 1 for Eq. 1 and 2 are to Adam what 10 and 10 are: it divides
-# gradients by their usual size.
+# For coursework: two CPU cores, two minutes. G1 is the linear layer alone, for the latent has the
+# first volume's side. Rates are higher, for there are 500 times fewer steps. Weights of 1 are to
+# Adam what 10 and 10 are: it divides gradients by their usual size.
 MICRO = dict(
     size=32, n_objects=64, n_views=16, channels=32, volume_side=16, latent_side=4, decoder_depth=1,
     decoder_attention=(), steps_stage1=1000, objects_per_step=4, n_samples=24, lr_stage1=8e-3,
@@ -180,8 +181,8 @@ def train_stage2(settings, state):
         share = state.step / settings.steps_stage2
         state.optimizer.param_groups[0]["lr"] = settings.lr_stage2 * (1 - share)
         k = torch.randint(len(state.latents), (settings.batch_size,), generator=state.generator)
-        clean = state.latents[k]
-        loss = diffusion.edm_loss(state.model, clean, settings.sigma_data, state.generator)
+        loss = diffusion.edm_loss(state.model, state.latents[k], settings.sigma_data,
+                                  state.generator, settings.P_mean, settings.P_std)
         state.optimizer.zero_grad()
         loss.backward()
         state.optimizer.step()
@@ -398,11 +399,12 @@ BOUNDS = {
     "rows": (1, 2**24), "steps_stage1": (1, 10**9), "objects_per_step": (1, 100_000),
     "views_per_step": (1, 1000), "n_samples": (1, 10_000), "lr_stage1": POSITIVE,
     "betas": (0, 0.999999), "finer_at": SHARE, "window": (0, 4096),
-    "latent_scale": (1e-6, 1e6), "sigma_data": (1e-6, 1e6), "unet_channels": (1, 8192),
-    "unet_multipliers": (1, 64), "unet_depth": (1, 64), "unet_attention": (1, 512),
-    "steps_stage2": (1, 10**9), "batch_size": (1, 1_000_000), "lr_stage2": POSITIVE,
-    "ema_half_life": POSITIVE, "context_dim": (1, 65_536), "transformer_depth": (1, 64),
-    "guidance": (0, 1000), "parts": (0, 100), "keypoints": (8, 1000), "pose_width": (1, 1024),
+    "latent_scale": (1e-6, 1e6), "sigma_data": (1e-6, 1e6), "P_mean": (-20, 20), "P_std": (0, 10),
+    "unet_channels": (1, 8192), "unet_multipliers": (1, 64), "unet_depth": (1, 64),
+    "unet_attention": (1, 512), "steps_stage2": (1, 10**9), "batch_size": (1, 1_000_000),
+    "lr_stage2": POSITIVE, "ema_half_life": POSITIVE, "context_dim": (1, 65_536),
+    "transformer_depth": (1, 64), "guidance": (0, 1000), "parts": (0, 100),
+    "keypoints": (8, 1000), "pose_width": (1, 1024),
     "reach": (1e-6, 100), "lr_pose": POSITIVE, "clip": POSITIVE, "growth": SHARE, "detail": SHARE,
     "sample_steps": (1, 10_000), "churn": (0, 1e6), "n_sheet": (1, 1000),
     "log_every": (1, 10**9), "save_every": (1, 10**9), "seed": sample.SEEDS, "focal": POSITIVE}
@@ -878,7 +880,8 @@ def train_text(settings, state):
         def denoise(x, sigma):
             return state.model(x, sigma, tokens, mask)
 
-        loss = diffusion.edm_loss(denoise, state.latents[k], settings.sigma_data, state.generator)
+        loss = diffusion.edm_loss(denoise, state.latents[k], settings.sigma_data,
+                                  state.generator, settings.P_mean, settings.P_std)
         state.optimizer.zero_grad()
         loss.backward()
         state.optimizer.step()

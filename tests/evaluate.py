@@ -327,7 +327,7 @@ def true_surface(dataset, k, n, seed=0):
 
 
 @torch.no_grad()
-def surface_points(volume, n, seed=0, samples=192):
+def surface_points(volume, n, seed=0):
     """n points (n, 3), uniform on the surface of a volume (4, D, H, W), where a voxel stops half of
     the light: exp(-density 2 / D) = 1/2; (0, 3) for an empty volume.
 
@@ -337,22 +337,31 @@ def surface_points(volume, n, seed=0, samples=192):
     """
     generator = torch.Generator().manual_seed(seed)
     volume = volume.cpu()
-    level = math.log(2) * volume.shape[-1] / 2
+    thickness = math.log(2)
+    level = thickness * volume.shape[-1] / 2
     nothing = torch.zeros(0, 3)
     found = nothing
     if volume[0].max() <= level:
         return nothing
+    full = render.not_empty(volume[None, :1], thickness)[0]  # elsewhere density is below the level
+    # The longest line is sqrt(3) D voxels: its samples are less than 0.6 voxels apart.
+    t = torch.linspace(0, 1, 3 * volume.shape[-1])
     for _ in range(20):                      # a speck is met by few lines: some day, stop trying
         ends = F.normalize(torch.randn(2, 2 * n, 3, generator=generator), dim=-1) * 3**0.5
-        t = torch.linspace(0, 1, samples)[:, None]
-        line = ends[0, :, None] + t * (ends[1] - ends[0])[:, None]            # (2n, samples, 3)
-        density = render.sample_volume(volume[None, :1], line[None])
-        density = density[0, :, :, 0]                                         # (2n, samples)
+        start, way = ends[0], ends[1] - ends[0]                               # (2n, 3)
+        seen = render.look_into(full, start, way, t)                          # (2n, samples)
+        # And the sample before each, which is outside where a line enters.
+        seen[:, :-1] |= seen[:, 1:].clone()
+        line, place = seen.nonzero().T
+        points = start[line] + t[place, None] * way[line]
+        density = torch.zeros(seen.shape)
+        density[seen] = render.sample_volume(volume[None, :1], points[None])[0, :, 0]
         enters = (density[:, :-1] < level) & (density[:, 1:] >= level)
         i, j = enters.nonzero().T
         low, high = density[i, j], density[i, j + 1]
-        share = ((level - low) / (high - low))[:, None]  # of the way: density is linear between
-        found = torch.cat([found, torch.lerp(line[i, j], line[i, j + 1], share)])
+        share = (level - low) / (high - low)             # of the way: density is linear between
+        at = torch.lerp(t[j], t[j + 1], share)
+        found = torch.cat([found, start[i] + at[:, None] * way[i]])
         if len(found) >= n:
             chosen = torch.randperm(len(found), generator=generator)[:n]
             return found[chosen]
@@ -370,9 +379,9 @@ def debris(volume):
     solid = density * (2 / density.shape[-1]) > math.log(2)
     if not solid.any():
         return math.nan
-    numbers = torch.arange(1, solid.numel() + 1, dtype=torch.float64).view(solid.shape) * solid
+    numbers = torch.arange(1, solid.numel() + 1).view(solid.shape) * solid
     while True:
-        spread = F.max_pool3d(numbers[None], 3, stride=1, padding=1)[0] * solid
+        spread = render.largest_around(numbers[None])[0] * solid
         if torch.equal(spread, numbers):
             break
         numbers = spread
@@ -398,14 +407,17 @@ def chamfer_distances(a, b):
     # (x, 1, |x|^2) . (-2 y, |y|^2, 1) = |x - y|^2, as one matrix product.
     a = torch.cat([a, torch.ones_like(a[..., :1]), a.square().sum(-1, keepdim=True)], -1)
     b = torch.cat([-2 * b, b.square().sum(-1, keepdim=True), torch.ones_like(b[..., :1])], -1)
-    chunk = max(1, 2**22 // (a.shape[1] * b.shape[1]))                        # 16 MiB at a time
     distances = torch.empty(len(a), len(b))
     for i, cloud in enumerate(a):
-        for j in range(0, len(b), chunk):
-            square = cloud @ b[j:j + chunk].mT                                # (chunk, K, K)
-            to_a = square.amin(1).clamp(min=0).mean(1)
-            to_b = square.amin(2).clamp(min=0).mean(1)
-            distances[i, j:j + chunk] = to_a + to_b
+        for j, other in enumerate(b.mT.contiguous()):                         # (5, K)
+            to_other, to_cloud = [], []
+            for points in cloud.split(256):              # so few that the processor's cache holds
+                square = points @ other                                       # them: (256, K)
+                to_other.append(square.amin(1))
+                to_cloud.append(square.amin(0))
+            to_other = torch.cat(to_other)                                    # (K,)
+            to_cloud = torch.stack(to_cloud).amin(0)                          # (K,)
+            distances[i, j] = to_other.clamp(min=0).mean() + to_cloud.clamp(min=0).mean()
     return distances
 
 

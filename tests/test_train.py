@@ -149,7 +149,8 @@ FLAGS = {
     "betas": (RIGID, "0.9,0.999"), "perceptual_weight": (RIGID, "2"),
     "foreground_weight": (RIGID, "2"), "finer_at": (RIGID, "0.5"), "window": (RIGID, "8"),
     "normalization": (RIGID, "meanstd"), "per_channel": (RIGID, None),
-    "latent_scale": (RIGID, "0.5"), "sigma_data": (RIGID, "1"), "unet_channels": (RIGID, "24"),
+    "latent_scale": (RIGID, "0.5"), "sigma_data": (RIGID, "1"), "P_mean": (RIGID, "0"),
+    "P_std": (RIGID, "2"), "unet_channels": (RIGID, "24"),
     "unet_multipliers": (RIGID, "1,1"), "unet_depth": (RIGID, "2"), "unet_attention": (RIGID, "2"),
     "steps_stage2": (RIGID[:-6] + RIGID[-4:], "3"), "batch_size": (RIGID, "3"),
     "lr_stage2": (RIGID, "1e-3"), "ema_half_life": (RIGID, "0.1"), "sample_steps": (RIGID, "2"),
@@ -479,11 +480,12 @@ def test_one_object_overfits_to_over_30_db(tmp_path):
 
 
 # ---- Stage 2's loop ------------------------------------------------------------------------------
-@pytest.mark.parametrize("sigma_data", [0.5, 1.5])
-def test_the_first_loss_of_stage_2_is_that_of_c_skip_x_on_normalized_latents(sigma_data):
+@pytest.mark.parametrize("sigma_data, P_mean, P_std", [(0.5, -1.2, 1.2), (1.5, 0.3, 0.8)])
+def test_the_first_loss_of_stage_2_is_that_of_c_skip_x_on_normalized_latents(
+        sigma_data, P_mean, P_std):
     """A new denoiser answers c_skip x, so its loss is known: raw latents, another sigma_data, other
     noise levels or another batch give another number."""
-    settings = settings_of(sigma_data=sigma_data, batch_size=8)
+    settings = settings_of(sigma_data=sigma_data, P_mean=P_mean, P_std=P_std, batch_size=8)
     latents = 30 + 7 * torch.randn(5, 4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     denoiser = diffusion.Denoiser.from_settings(settings, (4, 4, 4, 4))
     state = train.start_stage2(settings, latents, denoiser)
@@ -494,7 +496,8 @@ def test_the_first_loss_of_stage_2_is_that_of_c_skip_x_on_normalized_latents(sig
     clean = ((latents - median) / (0.7413 * (q75 - q25))).double()
     generator = sample.stream(settings.seed, "stage 2")
     k = torch.randint(5, (8,), generator=generator)
-    sigma = (-1.2 + 1.2 * torch.randn(8, generator=generator)).exp().double().view(8, 1, 1, 1, 1)
+    sigma = (P_mean + P_std * torch.randn(8, generator=generator)).exp()
+    sigma = sigma.double().view(8, 1, 1, 1, 1)
     noisy = clean[k] + sigma * torch.randn(8, 4, 4, 4, 4, generator=generator)
     guess = sigma_data**2 / (sigma**2 + sigma_data**2) * noisy
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data)**2
@@ -552,7 +555,8 @@ def few_steps(loop, latents, settings):
 
 def test_with_text_the_loop_of_stage_2_is_the_same_but_for_what_the_denoiser_hears(monkeypatch):
     monkeypatch.setattr(train, "caption_tokens", lambda state, k: ("tokens", "mask"))
-    settings = settings_of(sigma_data=0.7, lr_stage2=0.01, ema_half_life=0.3, steps_stage2=5)
+    settings = settings_of(sigma_data=0.7, P_mean=0.5, P_std=0.9, lr_stage2=0.01,
+                           ema_half_life=0.3, steps_stage2=5)
     latents = 3 + 2 * torch.randn(5, 2, 2, 2, 2, generator=torch.Generator().manual_seed(0))
     losses, plain = few_steps(train.train_stage2, latents, settings)
     with_text, listened = few_steps(train.train_text, latents, settings)
