@@ -85,8 +85,7 @@ MICRO = dict(
 
 # ---- Stage 1: the autodecoder (Sec. 3.2) ---------------------------------------------------------
 def next_objects(settings, dataset, state):
-    """Numbers (B,) of the step's objects, from a shuffled list of all; if too few are left, a new
-    one is made."""
+    """Numbers (B,) of the step's objects: the next of a shuffled list, or else of a new one."""
     if len(state.order) < min(settings.objects_per_step, dataset.n_objects):
         state.order = torch.randperm(dataset.n_objects, generator=state.generator)
     k = state.order[:settings.objects_per_step]

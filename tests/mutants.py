@@ -229,8 +229,11 @@ MUTANTS = [
     ("train", "settings.foreground_weight * foreground", "settings.perceptual_weight * foreground"),
     ("train", "torch.asin(position[:, 1] / distance)", "torch.asin(position[:, 2] / distance)"),
     ("train", "latents=normalizer.normalize(latents)", "latents=latents"),
-    ("train", "edm_loss(state.model, clean, settings.sigma_data, state.generator)",
-     "edm_loss(state.model, clean, settings.latent_scale, state.generator)"),
+    ("train", "edm_loss(state.model, state.latents[k], settings.sigma_data,",
+     "edm_loss(state.model, state.latents[k], settings.latent_scale,"),
+    ("train", "edm_loss(state.model, state.latents[k], settings.sigma_data,\n"
+     "                                  state.generator, settings.P_mean, settings.P_std)",
+     "edm_loss(state.model, state.latents[k], settings.sigma_data, state.generator)"),
     ("train", '"ema": state.average.state_dict()', '"ema": state.model.state_dict()'),
     ("train", "load_synthetic(settings.size, settings.holdout, settings.seed,",
      "load_synthetic(settings.size, settings.seed, settings.holdout,"),
