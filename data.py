@@ -5,7 +5,7 @@ object: no shape, no mesh. At a first reading chairs are made up of boxes and th
 no files are needed. At a second come other objects, people who move, photos and clips.
 
 Shapes: N objects, V views of one object, R rays, K points; `size` is the side of the pictures.
-Simplified: all frames sit in memory as bytes, 16 KiB each at 64 x 64. Objaverse would not fit.
+Simplified: all frames sit in memory as bytes, 16 KiB each at 64 x 64. More would need a cache.
 Read next: train.py
 """
 import signal
@@ -230,13 +230,17 @@ import difflib  # noqa: E402
 import hashlib  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
+import math  # noqa: E402
+import mmap  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import shlex  # noqa: E402
+import shutil  # noqa: E402
 import struct  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
+import warnings  # noqa: E402
 from collections import Counter  # noqa: E402
 from dataclasses import field  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -446,13 +450,28 @@ class Dataset(Frames):
     moving: bool = False         # whether what is seen moves before one camera, fixed_camera's:
                                  # of clips it is assumed
     remarks: list = field(default_factory=list)          # lines: what is used, and looks odd
+    known_portraits: torch.Tensor = None                 # of a cache, see portraits
+    mapped: mmap.mmap = None     # the file that a cache's frames are in; None: they are in memory
+
+    def frames_of(self, k, heldout=None):
+        """As Frames.frames_of, and as fast among 20,000 objects as among 20: an object's frames lie
+        together, in the objects' order."""
+        ends = torch.tensor([k, k + 1])
+        first, behind = torch.searchsorted(self.object_index, ends).tolist()
+        frames = torch.arange(first, behind)
+        if heldout is not None:
+            frames = frames[self.heldout[first:behind] == heldout]
+        return frames
 
     def batch(self, index, size):
         """As Frames.batch, of any size up to the frames'. Where it is less they are averaged over
         areas: right for colour x mask, while plain colours would mix with the background's."""
         if not 0 < size <= self.images.shape[1]:
             raise ValueError(f"size {size} is not in 1..{self.images.shape[1]}, the frames' side")
-        return super().batch(index, size)
+        pictures = super().batch(index, size)
+        if self.mapped is not None:
+            give_back(self.mapped)
+        return pictures
 
 
 # What damaged or foreign files raise when they are read. (numpy's LinAlgError is a ValueError.)
@@ -528,21 +547,15 @@ class Capture:
 
 def gather(names, captures, holdout, layout, reading, moving):
     """N names and Captures, and what was noted on reading them -> Dataset; holdout as in `load`."""
-    object_index, heldout = [], []
-    for k, capture in enumerate(captures):
-        n_views = len(capture.rgba)
-        object_index.append(torch.full((n_views,), k))
-        if moving:
-            heldout.append(last_of(n_views, holdout))
-        else:
-            heldout.append(every_nth(n_views, holdout))
+    views = [len(capture.rgba) for capture in captures]
+    object_index, heldout = number_frames(views, holdout, moving)
     rgba = torch.cat([capture.rgba for capture in captures])         # (frames, size, size, 4)
     dataset = Dataset(
         images=rgba[..., :3], masks=rgba[..., 3],
         cam2world=torch.cat([capture.cam2world for capture in captures]),
         intrinsics=torch.cat([capture.intrinsics for capture in captures]),
-        object_index=torch.cat(object_index), heldout=torch.cat(heldout),
-        names=names, captions=[capture.caption for capture in captures],
+        object_index=object_index, heldout=heldout, names=names,
+        captions=[capture.caption for capture in captures],
         layout=layout, skipped=reading.skipped(), remarks=reading.remarks, moving=moving)
     if captures[0].shapes is not None:
         dataset.shapes = [capture.shapes for capture in captures]
@@ -551,6 +564,21 @@ def gather(names, captures, holdout, layout, reading, moving):
         for key in captures[0].truth:
             dataset.truth[key] = torch.cat([capture.truth[key] for capture in captures])
     return dataset
+
+
+def number_frames(views, holdout, moving):
+    """Whose each frame is, (frames,) int64, and whether it is held out, (frames,) bool.
+
+    views: of each object how many; holdout as in `load`
+    """
+    object_index, heldout = [], []
+    for k, n_views in enumerate(views):
+        object_index.append(torch.full((n_views,), k))
+        if moving:
+            heldout.append(last_of(n_views, holdout))
+        else:
+            heldout.append(every_nth(n_views, holdout))
+    return torch.cat(object_index), torch.cat(heldout)
 
 
 def every_nth(n_views, holdout):
@@ -570,6 +598,22 @@ def last_of(n_views, holdout):
     if holdout > 0:
         n_heldout = n_views // holdout
     return torch.arange(n_views) >= n_views - n_heldout
+
+
+def portraits(dataset):
+    """What is kept of the data to know it again: (N, 4, 4, 4), of each object the mean of its
+    pictures and masks at 4 x 4 pixels, in [0, 1].
+
+    OURS, instead of a hash: on another machine a photo is decoded a shade otherwise, and a made-up
+    object drawn so.
+    """
+    if dataset.known_portraits is not None:
+        return dataset.known_portraits
+    means = []
+    for k in range(dataset.n_objects):
+        images, masks = dataset.batch(dataset.frames_of(k), 4)         # (V, 3, 4, 4), (V, 1, 4, 4)
+        means.append(torch.cat([images, masks], 1).mean(0))
+    return torch.stack(means)
 
 
 # ---- Round things --------------------------------------------------------------------------------
@@ -2863,8 +2907,11 @@ def read_captions(folder, found, reading):
     """A user's captions, {name of an object: caption}; an object may have none. found: all objects.
 
     From a caption.txt in the object's own folder; from captions.txt; from captions.json. What is
-    read later counts.
+    read later counts. A cache has them all.
     """
+    if is_cache(folder):
+        about = read_about(folder)
+        return dict(zip(about["names"], about["captions"]))
     names = [one.name for one in found]
     captions = {}
     for one in found:
@@ -2930,7 +2977,7 @@ class Found:
     name: str
     layout: str
     origin: object               # what is made up: its number k; COIL-100: {degrees: path};
-                                 # a clip: its path; other photos: their folder
+                                 # a clip: its path; other photos: their folder; in a cache: k
     read: object = None          # other photos: their layout's reader
 
 
@@ -3003,6 +3050,8 @@ def find(source, n_objects, reading=None):
         return [find_one_clip(folder, reading)]
     if not folder.is_dir():
         raise BadInput(f"{source}: no such folder (nor is it 'synthetic' or 'puppets')")
+    if is_cache(folder):
+        return found_in(read_about(folder))
     reading.root = str(folder)
     if not reading.as_clips:
         found = find_photos(folder, folder, reading)
@@ -3104,7 +3153,7 @@ def telling(items, what, every=10.0):
 def load(source, size, holdout=6, seed=0, n_objects=128, n_views=24, objects=None, arc=0.0,
          shared_colours=True, clip_filter=False, as_clips=False, max_megapixels=64.0,
          max_frames=2000):
-    """The Dataset of "synthetic", "puppets" or a folder of photos or clips; square images.
+    """The Dataset of "synthetic", "puppets", a folder of photos or clips, or a cache of one.
 
     holdout: every n-th view of an object is held out, or the last 1/n of a clip; 0: none
     seed, n_objects, n_views: of what is made up           objects: "obj2,obj5" keeps these only
@@ -3113,47 +3162,73 @@ def load(source, size, holdout=6, seed=0, n_objects=128, n_views=24, objects=Non
     What cannot be used is left out and named in `skipped`; BadInput where nothing is left.
     """
     reading = Reading(size, "", as_clips, clip_filter, max_megapixels, max_frames)
+    if is_cache(source):
+        return load_cache(Path(source), reading, holdout, objects)
 
     def build(one):                                      # a Found -> its Capture
         if one.layout == SYNTHETIC:
             return synthetic_object(one.origin, seed, n_views, size, arc)
         if one.layout == PUPPETS:
             return puppet_object(one.origin, seed, n_views, size, shared_colours)
-        if one.layout == COIL:
-            return coil_object(one.origin, reading)
-        if one.layout == CLIPS:
-            return clip_object(one.origin, reading)
-        return photo_object(one.read, one.origin, reading)
+        return photographed_object(one, reading)
     found = find(source, n_objects, reading)
     chosen = choose(found, objects, source)
     names, captures = [], []
-    for one in telling(chosen, "data    | objects"):
-        with reading.trying("object", one.name):
-            captures.append(build(one))
-            names.append(one.name)
+    for name, capture in build_each(chosen, build, reading):
+        names.append(name)
+        captures.append(capture)
     if not captures:
         raise BadInput(nothing_left(source, chosen, reading))
     if chosen[0].layout not in MADE_UP:
         own = read_captions(Path(source), found, reading)
         for name, capture in zip(names, captures):
             capture.caption = own.get(name)
-        look_at_objects(names, captures, reading)
-    layout = ", ".join(dict.fromkeys(one.layout for one in chosen))  # each once, in order
-    moving = chosen[0].layout in MOVING
+        contents = [content_of(capture) for capture in captures]
+        look_at_objects(names, contents, [own.get(name) for name in names], reading)
+    layout, moving = kind_of(chosen)
     return gather(names, captures, holdout, layout, reading, moving)
 
 
-def look_at_objects(names, captures, reading):
+def photographed_object(one, reading):
+    """A Found that is not made up -> its Capture."""
+    if one.layout == COIL:
+        return coil_object(one.origin, reading)
+    if one.layout == CLIPS:
+        return clip_object(one.origin, reading)
+    return photo_object(one.read, one.origin, reading)
+
+
+def build_each(chosen, build, reading):
+    """Yields name and Capture of each of a list of Found; those that cannot be built are left out."""
+    for one in telling(chosen, "data    | objects"):
+        capture = None
+        with reading.trying("object", one.name):
+            capture = build(one)
+        if capture is not None:
+            yield one.name, capture
+
+
+def kind_of(chosen):
+    """The layouts of a list of Found, in a line, and whether what is seen moves."""
+    layouts = dict.fromkeys(one.layout for one in chosen)            # each once, in order
+    return ", ".join(layouts), chosen[0].layout in MOVING
+
+
+def content_of(capture):
+    """A hash of a Capture's pictures."""
+    return hashlib.sha256(capture.rgba.numpy().tobytes()).digest()
+
+
+def look_at_objects(names, contents, captions, reading):
     """Remarks on objects that are the same, and on captions that only some have."""
     seen = {}
-    for name, capture in zip(names, captures):
-        content = hashlib.sha256(capture.rgba.numpy().tobytes()).digest()
+    for name, content in zip(names, contents):
         if content in seen:
             reading.remark(f"{name}: the very same pictures as {seen[content]}")
         seen.setdefault(content, name)
-    n_captions = sum(bool(capture.caption) for capture in captures)
-    if 0 < n_captions < len(captures):
-        reading.remark(f"{n_captions} of {len(captures)} objects have a caption")
+    n_captions = sum(bool(caption) for caption in captions)
+    if 0 < n_captions < len(captions):
+        reading.remark(f"{n_captions} of {len(captions)} objects have a caption")
 
 
 def nothing_left(source, chosen, reading):
@@ -3175,9 +3250,245 @@ def load_for(settings, source):
                 settings.max_frames)
 
 
+# ---- Cache: a source that is read once -----------------------------------------------------------
+#
+# To decode the photos of 20,000 objects takes hours, and their frames fill 7.3 GiB. A cache is what
+# `load` has made of them, two files in a folder:
+#
+#     frames.cache        the arrays of list_arrays, one behind another, byte by byte as in memory
+#     frames.cache.json   all else: names, captions, how the source was read; and a hash of either
+#
+# The first is never read into memory as a whole, but mapped: its tensors are addresses that stand
+# for the file, and the system fetches what somebody looks at. A frame's colour and mask lie
+# together, 16 KiB at 64 x 64, so a step of 64 frames fetches 1 MiB, however many objects there are.
+#
+# Both are hashed whole whenever they are read. To look at size and date alone would be faster, and
+# wrong: disks rot without a new date, and a copy has a new one though nothing has changed. No hash
+# tells that the source has changed since: a cache stays what the source was.
+FRAMES = "frames.cache"
+ABOUT = "frames.cache.json"
+FORMAT = 1                       # of both; a higher one where older caches would be misread
+READ_AS = ("size", "as_clips", "clip_filter", "max_megapixels", "max_frames")    # of Reading
+
+
+def is_cache(source):
+    """Whether a source is a cache, whole or not."""
+    if str(source) in ("synthetic", "puppets"):
+        return False                     # even where a folder is called so
+    return (Path(source) / ABOUT).is_file()
+
+
+def list_arrays(views, size):
+    """What frames.cache holds, in order: [(shape, dtype)]. views: of each object how many."""
+    n_objects, n_frames = len(views), sum(views)
+    return [((n_frames, size, size, 4), torch.uint8),                # colour x mask, and the mask
+            ((n_frames, 4, 4), torch.float32),                       # cam2world
+            ((n_frames, 4), torch.float32),                          # intrinsics
+            ((n_objects, 4, 4, 4), torch.float32)]                   # portraits
+
+
+def write_cache(source, folder, reading, objects=None):
+    """Reads a source as `load` does, and writes a cache of it into a folder.
+
+    reading: how the source is to be read; objects: as in `load`
+    """
+    folder = Path(folder)
+    check_cacheable(source, folder)
+    found = find(source, 0, reading)
+    chosen = choose(found, objects, source)
+    make_folder(folder)
+    # What is opened last is renamed first: whoever is stopped in between leaves frames without
+    # their json, which is no cache, or beside an older one, whose hash is not theirs.
+    with writing(folder / ABOUT) as about_path, writing(folder / FRAMES) as frames_path:
+        names, views, contents = write_frames(frames_path, chosen, reading)
+        if not names:
+            raise BadInput(nothing_left(source, chosen, reading))
+        own = read_captions(Path(source), found, reading)
+        captions = [own.get(name) for name in names]
+        look_at_objects(names, contents, captions, reading)
+        layout, moving = kind_of(chosen)
+        about = {"format": FORMAT, "source": str(Path(source).resolve())}
+        about["read_as"] = {name: getattr(reading, name) for name in READ_AS}
+        about |= {"names": names, "views": views, "captions": captions, "layout": layout,
+                  "moving": moving, "skipped": reading.skipped(), "remarks": reading.remarks}
+        about["frames_hash"] = hash_of(frames_path)
+        about["own_hash"] = hash_of_plain(about)
+        about_path.write_text(json.dumps(about))
+
+
+def check_cacheable(source, folder):
+    """BadInput where a cache would be of no use, or its folder holds something else."""
+    if str(source) in ("synthetic", "puppets"):
+        raise BadInput(f"--cache: {source} is made again in seconds; a cache is for a folder")
+    if is_cache(source):
+        raise BadInput(f"--cache: {source} is a cache already")
+    others = []
+    if folder.is_dir():
+        others = [path.name for path in listing(folder) if path.name not in (FRAMES, ABOUT)]
+    if others:
+        raise BadInput(f"--cache {folder}: there is {some_of(others, 3)}; name a new folder, an "
+                       "empty one, or an earlier cache")
+
+
+def write_frames(path, chosen, reading):
+    """Writes frames.cache, one object after another, so that only two are ever in memory.
+
+    chosen: a list of Found
+    returns of those objects that can be used: names, how many views, hashes of their pictures
+    """
+    names, views, contents = [], [], []
+    # TRAP: a small tensor kept of each object would lie in memory between what large ones leave
+    # behind, and the system's allocator can use such gaps no more: 20,000 of them took 15 GiB.
+    cam2world, intrinsics, known_portraits = bytearray(), bytearray(), bytearray()
+
+    def build(one):
+        return photographed_object(one, reading)
+
+    with open(path, "wb") as file:
+        for name, capture in build_each(chosen, build, reading):
+            names.append(name)
+            views.append(len(capture.rgba))
+            contents.append(content_of(capture))
+            alone = gather([name], [capture], 0, "", reading, moving=False)
+            file.write(capture.rgba.numpy().tobytes())
+            cam2world += capture.cam2world.numpy().tobytes()
+            intrinsics += capture.intrinsics.numpy().tobytes()
+            known_portraits += portraits(alone).numpy().tobytes()
+            check_room(file, len(names), len(chosen))
+        for array in (cam2world, intrinsics, known_portraits):
+            file.write(array)
+    return names, views, contents
+
+
+def check_room(file, n_written, n_objects):
+    """BadInput where the disk will be full before all objects are written, if the rest of them are
+    like those that are.
+
+    OURS: asked from the 20th part on, as the first may be larger than most.
+    """
+    folder = Path(file.name).parent
+    needed = file.tell() / n_written * n_objects
+    free = file.tell() + shutil.disk_usage(folder).free
+    if needed > free and n_written >= n_objects / 20:
+        raise BadInput(f"{folder}: the cache would take about {needed / 2**30:.2f} GiB, and "
+                       f"{free / 2**30:.2f} are free: another --cache, or a smaller --size")
+
+
+def hash_of(path):
+    """SHA-256 of a file, which is read piece by piece."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of_plain(about):
+    """SHA-256 of what a JSON file holds, but for this hash itself."""
+    others = {name: value for name, value in about.items() if name != "own_hash"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+
+
+def write_anew(folder, source="PATH"):
+    """What to do about a cache that is no good, in words."""
+    command = shlex.join(["python", "data.py", "--data", source, "--cache", str(folder)])
+    return f"write it anew: {command}"
+
+
+def read_about(folder):
+    """What frames.cache.json holds; BadInput unless it is as it was written."""
+    path = Path(folder) / ABOUT
+    try:
+        about = json.loads(read_text(path, most=2 ** 30))
+        is_whole = about["own_hash"] == hash_of_plain(about)
+    except FAULTS:
+        is_whole = False
+    if not is_whole:
+        raise BadInput(f"{path}: this cache is cut or changed; {write_anew(folder)}")
+    if about["format"] != FORMAT:
+        raise BadInput(f"{path}: a cache of another version; {write_anew(folder, about['source'])}")
+    return about
+
+
+def found_in(about):
+    """A cache's objects: a list of Found."""
+    return [Found(name, about["layout"], k) for k, name in enumerate(about["names"])]
+
+
+def load_cache(folder, reading, holdout, objects):
+    """What `load` made of the source when the cache was written, to the same bits.
+
+    reading must be as it was then; not so `holdout`, which no picture hangs on, and `objects`,
+    which may be a part of those that are there.
+    """
+    about = read_about(folder)
+    check_same_reading(folder, about, reading)
+    chosen = choose(found_in(about), objects, folder)
+    path = folder / FRAMES
+    if not path.is_file() or hash_of(path) != about["frames_hash"]:
+        raise BadInput(f"{path}: this cache is cut or changed; "
+                       f"{write_anew(folder, about['source'])}")
+    views = torch.tensor(about["views"])
+    arrays, mapped = map_arrays(path, list_arrays(about["views"], reading.size))
+    rgba, cam2world, intrinsics, known_portraits = arrays
+    numbers = [one.origin for one in chosen]             # k of those that are wanted
+    if len(chosen) < len(views):
+        # Copies, in memory: whoever names objects names a few.
+        is_chosen = torch.zeros(len(views), dtype=torch.bool)
+        is_chosen[numbers] = True
+        frames = is_chosen.repeat_interleave(views)
+        rgba, cam2world, intrinsics = rgba[frames], cam2world[frames], intrinsics[frames]
+    object_index, heldout = number_frames(views[numbers].tolist(), holdout, about["moving"])
+    captions = [about["captions"][k] for k in numbers]
+    return Dataset(
+        images=rgba[..., :3], masks=rgba[..., 3], cam2world=cam2world, intrinsics=intrinsics,
+        object_index=object_index, heldout=heldout, names=[one.name for one in chosen],
+        captions=captions, layout=about["layout"], skipped=about["skipped"],
+        remarks=about["remarks"], moving=about["moving"],
+        known_portraits=known_portraits[numbers], mapped=mapped)
+
+
+def check_same_reading(folder, about, reading):
+    """BadInput where a cache was made with another flag than it is read with."""
+    for name, made in about["read_as"].items():
+        asked = getattr(reading, name)
+        if asked != made:
+            raise BadInput(f"--{name.replace('_', '-')} is {asked} here, but {made} in the cache "
+                           f"{folder}: give the same, or {write_anew(folder, about['source'])}")
+
+
+def map_arrays(path, arrays):
+    """Arrays [(shape, dtype)] that lie one behind another in a file -> tensors, and their map.
+
+    TRAP: who writes into one of these tensors ends the program, by a signal. One could map them so
+    that changes stay with us (torch.from_file does), but Linux refuses that to a file that is
+    larger than the memory: all of it might be changed.
+    """
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    tensors = []
+    offset = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")              # torch says that they cannot be written into
+        for shape, dtype in arrays:
+            flat = torch.frombuffer(mapped, dtype=dtype, count=math.prod(shape), offset=offset)
+            tensors.append(flat.view(shape))
+            offset += flat.nbytes
+    return tensors, mapped
+
+
+def give_back(mapped):
+    """Tells the system that what was looked at in a map is no longer needed.
+
+    Until then it counts as this process's memory, and after an epoch that would be the whole file.
+    The system itself keeps it while there is room: who looks again finds it at once. Windows, which
+    has no such call, and macOS take it back when they are short of memory.
+    """
+    if hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 # ---- Command line --------------------------------------------------------------------------------
 #
-#     python data.py --data PATH      tells what is in PATH and draws it
+#     python data.py --data PATH                      tells what is in PATH and draws it
+#     python data.py --data PATH --cache FOLDER       writes it once, for train.py --data FOLDER
 
 
 def contact_sheet(dataset, rows=8, columns=12):
@@ -3249,7 +3560,9 @@ def describe(dataset):
     """What was found, in lines."""
     views = dataset.object_index.bincount()              # (N,) of each object
     n_frames, size = dataset.images.shape[:2]
-    cover = 100 * dataset.masks.float().mean((1, 2)) / 255
+    # Some at a time: as floats, all masks of a cache would fill the memory.
+    cover = torch.cat([part.float().mean((1, 2)) for part in dataset.masks.split(1024)])
+    cover = 100 * cover / 255
     lines = []
     lines.append(f"layout    {dataset.layout}")
     lines.append(f"objects   {dataset.n_objects} ({some_of(dataset.names, 6)})")
@@ -3282,7 +3595,9 @@ def make_parser():
     parser = Parser(description="Tell what is in a dataset, and draw it.")
     add = parser.add_argument
     add("--data", default="synthetic",
-        help="'synthetic', 'puppets', or a folder of photos or of clips")
+        help="'synthetic', 'puppets', a folder of photos or of clips, or a cache")
+    add("--cache", metavar="FOLDER", help="write the frames into this folder: named as --data, it "
+        "is read in seconds, and takes hardly any memory")
     add("--size", type=int, default=64, help="side of the square frames (64)")
     add("--out", default="data-check", help="folder for the pictures (data-check)")
     add("--objects", help="only these, separated by commas")
@@ -3301,13 +3616,18 @@ def main(arguments=None):
     args = make_parser().parse_args(arguments)
     for name, bounds in BOUNDS.items():
         check_number(f"--{name.replace('_', '-')}", getattr(args, name), bounds)
-    dataset = load(args.data, args.size, args.holdout, objects=args.objects,
-                   clip_filter=args.clip_filter, as_clips=args.as_clips,
-                   max_megapixels=args.max_megapixels, max_frames=args.max_frames)
+    read_as = {name: getattr(args, name) for name in READ_AS}
+    source = args.data
+    if args.cache is not None:
+        write_cache(args.data, args.cache, Reading(**read_as), args.objects)
+        source = args.cache                  # what is told and drawn is what has been written
+    dataset = load(source, holdout=args.holdout, objects=args.objects, **read_as)
     print("\n".join(describe(dataset)))
     out = Path(args.out)
     make_folder(out)
     written = [out / "sheet.png"]
+    if args.cache is not None:
+        written.insert(0, Path(args.cache) / FRAMES)
     with writing(out / "sheet.png") as temporary:
         sheet = iio.imwrite("<bytes>", contact_sheet(dataset), extension=".png")
         temporary.write_bytes(sheet)

@@ -155,7 +155,7 @@ import torch.nn.functional as F  # noqa: E402
 
 import data  # noqa: E402
 from autodecoder import PoseNet, build_decoder  # noqa: E402
-from data import BadInput  # noqa: E402
+from data import BadInput, portraits  # noqa: E402
 from diffusion import TOKENS, T5Encoder, build_denoiser, guided, words  # noqa: E402
 
 matplotlib.use("Agg")                        # draw into files: no screen is needed
@@ -302,7 +302,7 @@ def open_run(folder, device="cpu", stages=(1, 2)):
     returns `trained`, as load_run does, and in it further
       data_settings     of stage 1: its seed, which may be another, made the training objects
       captions, source  of the training data, the latter an absolute path, or what made it up
-      portraits       of that data, see there; run: the folder, for messages
+      portraits         of that data, see data.py; run: the folder, for messages
       posenet           None where cameras are known; else also poses (T, P, 4, 4) of a clip
       encode            prompts to tokens; None where the run knows no text
     Raises BadInput where a checkpoint is missing, damaged, or does not belong to the other.
@@ -368,20 +368,6 @@ def open_stage2(folder, first, autodecoder, device):
 #
 # A checkpoint has no photos. What reads them again later may find the folder moved, or other photos
 # in it: scores and poses would then be of something else, and nothing would say so.
-
-
-def portraits(dataset):
-    """What is kept of the data to know it again: (N, 4, 4, 4), of each object the mean of its
-    pictures and masks at 4 x 4 pixels, in [0, 1].
-
-    OURS, instead of a hash: on another machine a photo is decoded a shade otherwise, and a made-up
-    object drawn so.
-    """
-    means = []
-    for k in range(dataset.n_objects):
-        images, masks = dataset.batch(dataset.frames_of(k), 4)         # (V, 3, 4, 4), (V, 1, 4, 4)
-        means.append(torch.cat([images, masks], 1).mean(0))
-    return torch.stack(means)
 
 
 def are_same(portraits, others):

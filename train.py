@@ -5,7 +5,7 @@
 
 Paper: Sec. 3.2 (stage 1), Sec. 3.3 (stage 2), Tab. 5 and App. C.2 (the numbers).
 Shapes: B objects a step, V views of each, C channels, H = W side of a picture, N dataset objects.
-Simplified: one device, float32, no data loader: the frames fit in memory as bytes.
+Simplified: one device, float32, no data loader: the frames fit in memory, or are in a cache.
 Read next: sample.py
 """
 import copy
@@ -639,8 +639,11 @@ def measure_body(dataset):
     painted black at its rims, and could then not turn.
     """
     frames = torch.nonzero(~dataset.heldout)[:, 0]                                   # (frames,)
-    _, masks = dataset.batch(frames, 32)                                             # in [0, 1]
-    covered = masks.mean((0, 1))                                                     # (32, 32)
+    covered = 0
+    for part in frames.split(4096):          # of a cache there may be more than fit in memory
+        _, masks = dataset.batch(part, 32)                                           # in [0, 1]
+        covered = covered + masks.sum((0, 1))                                        # (32, 32)
+    covered = covered / len(frames)
     # Where no pixel is covered in half of the frames, those that are covered most often count.
     solid = (covered > min(0.5, 0.9 * float(covered.max()))).float()
     position = (torch.arange(32) + 0.5) / 16 - 1                     # of pixels, -1 to 1
@@ -1842,7 +1845,8 @@ def make_parser():
     parser = data.Parser(description=__doc__.splitlines()[0], argument_default=None)
     add = parser.add_argument
     add("--stage", type=int, choices=[1, 2], help="one stage only (default: both, then sample)")
-    add("--data", help="'synthetic', 'puppets', or a folder of photos or clips (synthetic)")
+    add("--data", help="'synthetic', 'puppets', a folder of photos or clips, or a cache of one, "
+        "written by data.py --cache (synthetic)")
     add("--preset", choices=PRESETS, help="%(choices)s (default: tiny; for clips tiny-clips; for "
         "puppets, and where else cameras are learned, tiny-video)")
     add("--cameras", choices=["known", "learned"], help="learned: from nothing but the pictures "

@@ -1,5 +1,6 @@
 """data.py: made-up objects against closed forms, every layout of photos against a known scene."""
 
+import gc
 import json
 import os
 import re
@@ -7,7 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import evaluate  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
 from data import BadInput, box, cylinder  # noqa: E402
 from render import orbit, project  # noqa: E402
 
@@ -2215,6 +2218,325 @@ def test_what_moves_is_told_before_it_is_loaded(tmp_path):
     assert data.is_moving(tmp_path, as_clips=True) and not data.is_moving(tmp_path)
     iio.imwrite(tmp_path / "a.gif", made_clip(9)[0], loop=0)
     assert data.is_moving(tmp_path)
+
+
+# ---------------------------------------------------------------- to know data again
+def test_portraits_tell_other_photos_and_forgive_a_shade():
+    dataset = data.load("synthetic", 16, 3, n_objects=3, n_views=3)
+    ours = data.portraits(dataset)
+    rgba = torch.cat([dataset.images, dataset.masks[..., None]], -1) / 255       # (9, 16, 16, 4)
+    first = rgba[:3].reshape(3, 4, 4, 4, 4, 4).mean((0, 2, 4)).permute(2, 0, 1)
+    assert ours.shape == (3, 4, 4, 4)
+    torch.testing.assert_close(ours[0], first)
+    shade = replace(dataset, images=dataset.images.clamp(max=251) + 3)
+    assert sample.are_same(ours, data.portraits(shade))
+    shape = replace(dataset, masks=255 - dataset.masks)
+    colour = replace(dataset, images=dataset.images.roll(1, -1))
+    swapped = replace(dataset, images=dataset.images.roll(3, 0), masks=dataset.masks.roll(3, 0))
+    for other in (shape, colour, swapped, data.load("synthetic", 16, 3, 1, 3, 3)):
+        assert not sample.are_same(ours, data.portraits(other))
+    assert not sample.are_same(ours, ours[:2])
+
+
+# ---------------------------------------------------------------- a cache
+@pytest.fixture(scope="module")
+def things(shots, tmp_path_factory):
+    """A folder of three objects of 4, 5 and 6 views, two with captions; one view has no photo."""
+    folder = tmp_path_factory.mktemp("things")
+    rgba, poses, camera = shots
+    for name, n in (("chair", 4), ("lamp", 6), ("vase", 6)):
+        write_transforms(folder / name, rgba[:n], poses[:n], camera)
+    (folder / "lamp" / "images" / "003.png").unlink()
+    (folder / "captions.txt").write_text("lamp: a lamp\nvase: a vase \u00e9\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kept(things, tmp_path_factory):
+    """A cache of them, not to be written into: see kept_copy."""
+    folder = tmp_path_factory.mktemp("kept")
+    data.write_cache(things, folder, data.Reading(16))
+    return folder
+
+
+@pytest.fixture
+def kept_copy(kept, tmp_path):
+    return shutil.copytree(kept, tmp_path / "kept")
+
+
+def check_same(a, b):
+    """Every field of two Datasets is the same, but for what only a cache has."""
+    for one in fields(data.Dataset):
+        mine, other = getattr(a, one.name), getattr(b, one.name)
+        if one.name in ("known_portraits", "mapped"):
+            continue
+        if isinstance(mine, torch.Tensor):
+            assert mine.dtype == other.dtype and torch.equal(mine, other), one.name
+        else:
+            assert mine == other, one.name
+
+
+def test_a_cache_gives_the_same_dataset_to_the_same_bits(things, kept):
+    source, cached = data.load(things, 16), data.load(kept, 16)
+    check_same(source, cached)
+    assert cached.skipped and cached.remarks == ["2 of 3 objects have a caption"]
+    assert source.mapped is None and cached.mapped is not None
+    assert torch.equal(data.portraits(source), cached.known_portraits)
+    assert data.portraits(cached) is cached.known_portraits
+    index = torch.tensor([[3, 0], [14, 9]])
+    for size in (16, 5):
+        for ours, theirs in zip(source.batch(index, size), cached.batch(index, size)):
+            assert torch.equal(ours, theirs)
+
+
+REAL_SOURCES = [("coil100", "obj2,obj93", False), ("weizmann", "clip04,clip05", True),
+                pytest.param("ethiopian_head", None, False, marks=pytest.mark.slow)]
+
+
+@needs_real
+@pytest.mark.parametrize("name, objects, as_clips", REAL_SOURCES)
+def test_a_cache_of_real_photos_and_clips_gives_them_back(name, objects, as_clips, tmp_path):
+    reading = data.Reading(64, as_clips=as_clips)
+    data.write_cache(REAL / name, tmp_path, reading, objects)
+    source = data.load(REAL / name, 64, objects=objects, as_clips=as_clips)
+    check_same(source, data.load(tmp_path, 64, as_clips=as_clips))
+    assert data.is_moving(tmp_path) == as_clips == source.moving
+
+
+def test_which_frames_are_held_out_and_which_objects_are_wanted_is_asked_for_at_reading(
+        things, kept):
+    for holdout in (0, 2):
+        check_same(data.load(things, 16, holdout), data.load(kept, 16, holdout))
+    source = data.load(things, 16, objects="vase, chair")
+    cached = data.load(kept, 16, objects="vase, chair")
+    cached.skipped, cached.remarks = source.skipped, source.remarks      # those of all objects
+    check_same(source, cached)
+    assert torch.equal(data.portraits(source), cached.known_portraits)
+    with pytest.raises(BadInput, match="no object sofa; there are: chair, lamp, vase"):
+        data.load(kept, 16, objects="sofa")
+
+
+def test_what_is_known_of_a_cache_before_it_is_loaded(things, kept, tmp_path):
+    assert [one.name for one in data.find(kept, 1)] == ["chair", "lamp", "vase"]
+    captions = data.read_captions(kept, data.find(kept, 1), READING)
+    assert captions == {"chair": None, "lamp": "a lamp", "vase": "a vase \u00e9"}
+    assert not data.is_moving(kept)
+    write_strip(tmp_path / "clips" / "a.png", made_clip(12)[0])
+    data.write_cache(tmp_path / "clips", tmp_path / "kept", data.Reading(16, as_clips=True))
+    assert data.is_moving(tmp_path / "kept")
+    check_same(data.load(tmp_path / "clips", 16, 3, as_clips=True),
+               data.load(tmp_path / "kept", 16, 3, as_clips=True))
+
+
+def flip_byte(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def replace_text(path, old, new):
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+CACHE_DAMAGES = {
+    "a pixel": lambda at: flip_byte(at / data.FRAMES, 100),
+    "a number of a camera": lambda at: flip_byte(at / data.FRAMES, 15 * 16 * 16 * 4 + 100),
+    "the last byte": lambda at: flip_byte(at / data.FRAMES, -1),
+    "cut": lambda at: os.truncate(at / data.FRAMES, 15000),
+    "a byte too many": lambda at: (at / data.FRAMES).open("ab").write(b"0"),
+    "no frames": lambda at: (at / data.FRAMES).unlink(),
+    "empty": lambda at: os.truncate(at / data.FRAMES, 0),
+    "no json": lambda at: os.truncate(at / data.ABOUT, 0),
+    "json, cut": lambda at: os.truncate(at / data.ABOUT, 200),
+    "json of another form": lambda at: (at / data.ABOUT).write_text("[1]"),
+    "a name": lambda at: replace_text(at / data.ABOUT, '"lamp"', '"lame"'),
+    "a caption": lambda at: replace_text(at / data.ABOUT, "a vase", "a vote"),
+    "how it was read": lambda at: replace_text(at / data.ABOUT, '"size": 16', '"size": 17'),
+    "the hash of the frames": lambda at: replace_text(at / data.ABOUT, 'h": "', 'h": "0'),
+}
+
+
+@pytest.mark.parametrize("damage", CACHE_DAMAGES)
+def test_a_cache_that_was_cut_or_changed_is_named_and_what_to_do(damage, kept_copy):
+    CACHE_DAMAGES[damage](kept_copy)
+    says = rf"{kept_copy}/frames.*: this cache is cut or changed; write it anew: python data.py " \
+           rf"--data \S+ --cache {kept_copy}$"
+    with pytest.raises(BadInput, match=says):
+        data.load(kept_copy, 16)
+
+
+@pytest.mark.parametrize("file", [data.FRAMES, data.ABOUT])
+def test_a_file_of_another_cache_is_named(file, things, kept_copy, tmp_path):
+    data.write_cache(things, tmp_path / "other", data.Reading(16, max_frames=500), "chair,lamp")
+    shutil.copy(tmp_path / "other" / file, kept_copy)
+    with pytest.raises(BadInput, match=f"cut or changed; .* --data {things} --cache"):
+        data.load(kept_copy, 16, max_frames=500 if file == data.ABOUT else 2000)
+
+
+def test_a_cache_of_another_version_is_named(kept_copy, monkeypatch):
+    monkeypatch.setattr(data, "FORMAT", 2)
+    with pytest.raises(BadInput, match="of another version; write it anew"):
+        data.load(kept_copy, 16)
+
+
+@pytest.mark.parametrize("name, value", [("size", 32), ("as_clips", True), ("clip_filter", True),
+                                         ("max_megapixels", 1.0), ("max_frames", 5)])
+def test_a_cache_that_was_read_otherwise_is_refused_by_the_flag(name, value, kept):
+    made = getattr(data.Reading(16), name)
+    says = f"--{name.replace('_', '-')} is {value} here, but {made} in the cache {kept}: give the "
+    with pytest.raises(BadInput, match=re.escape(says)):
+        data.load(kept, **{"size": 16} | {name: value})
+
+
+def test_what_cannot_be_cached_is_refused_and_what_is_in_the_folder_stays(
+        things, kept, shots, tmp_path):
+    reading = data.Reading(16)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    for source, folder, says in ((things, "mine", "there is thesis.txt; name a new folder"),
+                                 (kept, "new", "is a cache already"),
+                                 ("synthetic", "new", "synthetic is made again in seconds"),
+                                 ("puppets", "new", "puppets is made again in seconds"),
+                                 (tmp_path / "none", "new", "no such folder")):
+        with pytest.raises(BadInput, match=says):
+            data.write_cache(source, tmp_path / folder, reading)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
+    write_transforms(tmp_path / "bare", shots[0][..., :3], *shots[1:])   # photos without masks
+    with pytest.raises(BadInput, match="0 usable views"):
+        data.write_cache(tmp_path / "bare", tmp_path / "new", reading)
+    assert not list((tmp_path / "new").iterdir())
+
+
+def watch_writing(monkeypatch, watch):
+    """Calls watch() whenever the writer, after an object, asks how much room the disk has."""
+    real = shutil.disk_usage
+
+    def disk_usage(path):
+        return watch() or real(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+
+
+def test_a_cache_is_written_object_by_object(things, tmp_path, monkeypatch):
+    in_memory, on_disk = [], []
+
+    def watch():
+        captures = [one for one in gc.get_objects() if type(one) is data.Capture]
+        in_memory.append(len(captures))
+        (path,) = tmp_path.glob(".frames.*")
+        on_disk.append(path.stat().st_size)
+
+    watch_writing(monkeypatch, watch)
+    data.write_cache(things, tmp_path, data.Reading(64))
+    assert in_memory == [1, 1, 1]
+    whole = [frames * 64 * 64 * 4 for frames in (4, 9, 15)]          # but for Python's own buffer
+    assert on_disk == pytest.approx(whole, abs=2**13)
+
+
+def test_writing_that_is_stopped_leaves_nothing_that_counts_as_a_cache(
+        things, kept_copy, tmp_path, monkeypatch):
+    before = {path.name: path.read_bytes() for path in kept_copy.iterdir()}
+    objects = iter(range(100))
+
+    def watch():
+        if next(objects) % 2 == 1:
+            raise data.Interrupted(2)
+
+    watch_writing(monkeypatch, watch)
+    for folder in (tmp_path / "new", kept_copy):
+        with pytest.raises(data.Interrupted):
+            data.write_cache(things, folder, data.Reading(16))
+    assert not list((tmp_path / "new").iterdir())
+    assert {path.name: path.read_bytes() for path in kept_copy.iterdir()} == before
+    with pytest.raises(BadInput, match="no layout that is known"):
+        data.load(tmp_path / "new", 16)
+    # Killed between the two files: frames without their json are no cache, and are replaced.
+    (tmp_path / "new" / data.FRAMES).write_bytes(b"0")
+    assert not data.is_cache(tmp_path / "new")
+    monkeypatch.undo()
+    data.write_cache(things, tmp_path / "new", data.Reading(16))
+    check_same(data.load(things, 16), data.load(tmp_path / "new", 16))
+
+
+def test_a_disk_that_will_be_full_is_refused_at_the_first_object(things, tmp_path, monkeypatch):
+    first, all_three = 4 * 16 * 16 * 4, 3 * 4 * 16 * 16 * 4
+    asked = []
+
+    def watch():
+        asked.append(1)
+        return SimpleNamespace(free=all_three - first - 1)
+
+    watch_writing(monkeypatch, watch)
+    with pytest.raises(BadInput, match="the cache would take about 0.00 GiB, and 0.00 are free"):
+        data.write_cache(things, tmp_path / "new", data.Reading(16))
+    assert len(asked) == 1 and not list((tmp_path / "new").iterdir())
+
+
+def test_frames_of_a_cache_stay_in_their_file_and_what_was_looked_at_is_given_back(kept_copy):
+    dataset = data.load(kept_copy, 16)
+    before = dataset.images[2, 8, 8].tolist()
+    with open(kept_copy / data.FRAMES, "r+b") as file:
+        file.seek((2 * 256 + 8 * 16 + 8) * 4)
+        file.write(bytes([before[0] ^ 255]))
+    assert dataset.images[2, 8, 8].tolist() == [before[0] ^ 255, *before[1:]]
+    if not Path("/proc/self/smaps").exists():
+        return                                           # no other system tells what is resident
+
+    def resident():
+        """KiB of the file that count as this process's memory."""
+        of_file = Path("/proc/self/smaps").read_text().partition(str(kept_copy / data.FRAMES))[2]
+        return int(re.search(r"Rss: +(\d+) kB", of_file)[1])
+
+    assert resident() > 0
+    dataset.batch(torch.tensor([0, 14]), 16)
+    assert resident() == 0
+
+
+@pytest.mark.parametrize("heldout", [None, True, False])
+def test_frames_of_an_object_are_found_as_by_looking_at_all(heldout, kept):
+    dataset = data.load(kept, 16, 2)
+    for k in range(3):
+        frames = dataset.frames_of(k, heldout)
+        assert torch.equal(frames, data.Frames.frames_of(dataset, k, heldout))
+
+
+def test_training_from_a_cache_is_training_from_its_source(things, kept, tmp_path, monkeypatch):
+    for module, name in ((sample, "save_training_sheet"), (sample, "save_orbit"),
+                         (train, "plot_log")):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    flags = ["--stage", "1", "--preset", "micro", "--size", "16", "--finer-at", "", "--channels",
+             "16", "--embed-dim", "8", "--n-samples", "4", "--log-every", "1"]
+
+    def train_on(source):
+        """Two steps, then two more with --resume -> the log's losses, and the run."""
+        out = tmp_path / source.name
+        arguments = [*flags, "--data", str(source), "--out", str(out)]
+        train.main([*arguments, "--steps", "2"])
+        train.main([*arguments, "--steps", "4", "--resume"])
+        losses = [row.split(",")[:4] for row in (out / "log.csv").read_text().splitlines()]
+        return losses, sample.open_run(out, stages=(1,))
+
+    losses, trained = train_on(things)
+    cached_losses, cached = train_on(kept)
+    assert losses == cached_losses and len(losses) == 5
+    # A cache stands for its source, and the other way round.
+    assert cached.source == str(kept) and sample.load_data(cached).mapped is not None
+    check_same(sample.load_data(cached, str(things)), sample.load_data(trained, str(kept)))
+
+
+def test_command_line_writes_a_cache_and_tells_what_is_in_it(things, tmp_path, capsys):
+    flags = ["--size", "16", "--out", str(tmp_path / "out")]
+    data.main(["--data", str(things), *flags])
+    told = capsys.readouterr().out.splitlines()
+    data.main(["--data", str(things), "--cache", str(tmp_path / "kept"), *flags])
+    told_while_writing = capsys.readouterr().out.splitlines()
+    data.main(["--data", str(tmp_path / "kept"), *flags])
+    assert capsys.readouterr().out.splitlines() == told
+    assert told_while_writing[:-1] == told[:-1]
+    assert told_while_writing[-1].startswith(f"wrote     {tmp_path / 'kept' / data.FRAMES}, ")
+    dataset = data.load(tmp_path / "kept", 16)
+    assert dataset.names == ["chair", "lamp", "vase"]
 
 
 # ---------------------------------------------------------------- command line

@@ -968,23 +968,6 @@ def test_what_a_run_cannot_do_is_refused_before_anything_is_made(folder, flags, 
 
 
 # ---- The data of a run, once more ----------------------------------------------------------------
-def test_portraits_tell_other_photos_and_forgive_a_shade():
-    dataset = data.load("synthetic", 16, 3, n_objects=3, n_views=3)
-    ours = sample.portraits(dataset)
-    rgba = torch.cat([dataset.images, dataset.masks[..., None]], -1) / 255       # (9, 16, 16, 4)
-    first = rgba[:3].reshape(3, 4, 4, 4, 4, 4).mean((0, 2, 4)).permute(2, 0, 1)
-    assert ours.shape == (3, 4, 4, 4)
-    torch.testing.assert_close(ours[0], first)
-    shade = dataclasses.replace(dataset, images=dataset.images.clamp(max=251) + 3)
-    assert sample.are_same(ours, sample.portraits(shade))
-    shape = dataclasses.replace(dataset, masks=255 - dataset.masks)
-    colour = dataclasses.replace(dataset, images=dataset.images.roll(1, -1))
-    swapped = dataclasses.replace(dataset, object_index=2 - dataset.object_index)
-    for other in (shape, colour, swapped, data.load("synthetic", 16, 3, 1, 3, 3)):
-        assert not sample.are_same(ours, sample.portraits(other))
-    assert not sample.are_same(ours, ours[:2])
-
-
 def test_the_data_of_a_run_is_read_again_only_where_it_is_still_that(moving_run, tmp_path):
     trained = sample.open_run(moving_run)
     assert sample.load_data(trained).names == trained.names
