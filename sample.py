@@ -142,13 +142,18 @@ def save_samples(trained, folder, n=8, steps=64, seed=0, churn=40.0):
     return volumes, [f"{folder}/samples.png", f"{folder}/turntable.gif"]
 
 
-# ==== Second reading: checked loading, the baseline, text, what moves, figures, meshes ============
+# ==== Second reading: checked loading, the baseline, text, what moves, figures, meshes, a page ====
 # The same three steps for every kind of run, and everything else that one may want to see of it.
+import base64  # noqa: E402
 import contextlib  # noqa: E402
+import dataclasses  # noqa: E402
 import hashlib  # noqa: E402
+import html  # noqa: E402
+import itertools  # noqa: E402
 import sys  # noqa: E402
 import warnings  # noqa: E402
 from pathlib import Path  # noqa: E402
+from string import Template  # noqa: E402
 
 import matplotlib  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -160,6 +165,7 @@ from diffusion import TOKENS, T5Encoder, build_denoiser, guided, words  # noqa: 
 
 matplotlib.use("Agg")                        # draw into files: no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 # ---- Checked loading: a checkpoint may come from a stranger --------------------------------------
 
@@ -1136,6 +1142,432 @@ def write_ply(path, points, colours, faces):
         temporary.write_text("\n".join(lines) + "\n")
 
 
+# ---- One page of a run ---------------------------------------------------------------------------
+#
+# page.html shows a run to somebody who has nothing but a browser. It is one file, which fetches
+# nothing: pictures stand in it as text. All frames of a turning object are one large picture, of
+# which the page shows one frame at a time: so all are there at once, and none flickers.
+
+ON_PAGE = 8                      # objects that can be turned, at most
+MOST_ON_PAGE = 64                # objects on the sheet: the page stays below 5 MB
+ORBIT, ORBIT_COLUMNS = 36, 6     # frames of a turn: ten degrees from one to the next; in columns
+ORBIT_SIDE = 160                 # pixels of such a frame
+LEVELS = 16                      # of noise, from noise to object
+
+
+def picture_tag(picture, alt):
+    """A picture (3, H, W) as HTML that holds it. alt: what is said to those who do not see it."""
+    # TRAP: JPEG would keep colours at a quarter of the pixels, and smear them; 0: at all of them.
+    content = iio.imwrite("<bytes>", to_uint8(picture), extension=".jpeg", quality=88,
+                          subsampling=0)
+    text = base64.b64encode(content).decode()              # a third longer than the bytes
+    height, width = picture.shape[-2:]
+    # TRAP: names are those of folders, prompts anybody's: unescaped, one could be a program.
+    return (f'<img src="data:image/jpeg;base64,{text}" alt="{html.escape(alt)}" '
+            f'width="{width}" height="{height}">')
+
+
+def figure_tag(picture, alt, words):
+    """A picture on a card, and words below."""
+    card = f'<div class="card">{picture_tag(picture, alt)}</div>'
+    return f"<figure>{card}<figcaption>{html.escape(words)}</figcaption></figure>\n"
+
+
+def frames_tag(frames, columns, alt):
+    """Frames (T, 3, H, W) as one picture of T / columns rows, of which the first frame shows."""
+    height, width = frames.shape[-2:]
+    rows = [torch.cat(list(row), -1) for row in frames.split(columns)]
+    tag = picture_tag(torch.cat(rows, -2), alt)
+    shape = f"aspect-ratio: {width} / {height}; --columns: {columns}"
+    return f'<div class="card frame" style="{shape}">{tag}</div>'
+
+
+def viewer_tag(body, columns, words):
+    """frames_tag's, in `body`, and a slider for them. words: what it says, of each frame."""
+    told = html.escape("|".join(words))
+    slider = (f'<input type="range" min="0" max="{len(words) - 1}" value="0" autocomplete="off" '
+              'aria-label="frame">')
+    controls = f'<div class="controls" hidden>{slider}<output></output></div>'
+    return (f'<div class="viewer" data-columns="{columns}" data-words="{told}">\n{body}\n'
+            f"{controls}\n</div>")
+
+
+def section(title, body, text):
+    """A heading, what there is to see, and what it teaches."""
+    return f"<h2>{title}</h2>\n{body}\n<p>{text}</p>\n"
+
+
+def left_out(title, reason):
+    """What stands in the place of a section for which this run has nothing."""
+    return f'<p class="left-out">{title}: left out, as {reason}.</p>\n'
+
+
+def first_azimuth(trained):
+    """Where objects are looked at from: aside; what moves, from ahead, as its clips were."""
+    return 0.6 if trained.posenet is None else 0.0
+
+
+def orbit_frames(trained, volume):
+    """One object (1, C, D, H, W) that turns once -> (T, 3, S, S), and each frame's angle, in words.
+    What moves swings by +-20 degrees, as its back was never seen, and goes through its poses."""
+    frames, words = [], []
+    for t in range(ORBIT):
+        degrees, pose = 360 * t / ORBIT, 0
+        if trained.posenet is not None:
+            degrees = 20 * math.sin(math.radians(degrees))
+            pose = t * len(trained.poses) // ORBIT
+        azimuth = first_azimuth(trained) + math.radians(degrees)
+        rgb, occupancy = render_any_views(trained, volume, [azimuth], ORBIT_SIDE, pose=pose)
+        frames.append(on_white(rgb, occupancy)[0, 0])
+        words.append(f"{degrees:.0f} degrees")
+    return torch.stack(frames), words
+
+
+def orbit_section(trained, volumes, labels):
+    """Objects that turn with the mouse: one large, and all of them small, to be chosen from."""
+    tags = []
+    for i in data.telling(range(min(ON_PAGE, len(volumes))), "page    | orbits"):
+        frames, words = orbit_frames(trained, volumes[i:i + 1])
+        tags.append(frames_tag(frames, ORBIT_COLUMNS, f"{labels[i]}, turning"))
+    choices = ""
+    if len(tags) > 1:
+        for tag in tags:
+            choices += f'<button type="button">{tag}</button>\n'
+    body = (f'<div class="turns"><div class="stage">{tags[0]}</div>\n'
+            f'<div class="choices">\n{choices}</div></div>')
+    text = ("Move the mouse or a finger across the large picture, or use the slider; choose "
+            "another object by a click. No frame is a photo: each is a volume of density and "
+            "colour, seen ray by ray through a camera on a circle around it (Sec. 3.1, Eq. 6).")
+    if trained.posenet is not None:
+        text += (" What moves was filmed from ahead alone: so it turns a little, while it goes "
+                 "through the poses of a training clip (Sec. 3.2).")
+    return section("Turn it", viewer_tag(body, ORBIT_COLUMNS, words), text)
+
+
+def watched_sampling(trained, noise, steps, churn, seed, prompt=None, guidance=3.0):
+    """sample_prompt, watched -> latents, and the way to them: at each of some noise levels (sigma,
+    x, D), the noisy latents of the first four, and what the denoiser believed to be behind them."""
+    denoiser = trained.denoiser
+    if prompt is not None:
+        context = trained.encode([prompt] * len(noise))
+        denoiser = guided(trained.text_denoiser, context, trained.encode([""]), guidance)
+    shown = torch.linspace(0, steps - 1, min(LEVELS, steps)).round().tolist()
+    calls, way = itertools.count(), []
+
+    def denoise(x, sigma):
+        denoised = denoiser(x, sigma)
+        # Heun asks twice a step: at its begin, which is looked at here, and half a step later.
+        if next(calls) / 2 in shown:
+            way.append((sigma, x[:4].float(), denoised[:4].float()))
+        return denoised
+
+    watched = SimpleNamespace(**vars(trained))             # a copy, of other denoiser
+    watched.denoiser = denoise
+    return sample_latents(watched, noise, steps, churn, seed), way
+
+
+def noise_section(trained, way):
+    """What the sampler held and, below, what it believed, from noise level to noise level."""
+    frames, words = [], []
+    for sigma, held, believed in data.telling(way, "page    | noise to object"):
+        rows = []
+        for latent_hat in (held, believed):
+            volumes = decode(trained, trained.normalizer.denormalize(latent_hat))
+            rgb, occupancy = render_any_views(trained, volumes, [first_azimuth(trained)], SIDE)
+            rows.append(torch.cat(list(on_white(rgb, occupancy)[:, 0]), -1))
+        frames.append(torch.cat(rows, -2))                 # (3, 2 SIDE, 4 SIDE)
+        words.append(f"sigma = {sigma:.2g}")
+    tag = frames_tag(torch.stack(frames), 1, "from noise to object: held above, believed below")
+    width = 3 * frames[0].shape[-1]                        # one object alone would fill the page
+    body = f'<div style="max-width: {width}px">{tag}</div>'
+    text = ("Above, the noisy latents that the sampler holds, decoded as they are; below, what the "
+            "denoiser believes to be behind the noise (Sec. 3.3, App. C.2). At first it has hardly "
+            "anything to go by, and guesses; fresh noise on the way, the churn, lets it think "
+            "again. Look for the level at which it has decided what each is to be: all after that "
+            "is detail.")
+    return section("From noise to object", viewer_tag(body, 1, words), text)
+
+
+def sheet_section(trained, volumes, labels):
+    """Every object as a column: colour, depth, normals and, of what moves, parts."""
+    views = geometry_views(trained, volumes, first_azimuth(trained), SIDE)
+    rows, kinds = geometry_rows(views)
+    columns = torch.cat(rows, -2)                          # (n, 3, 3 SIDE, SIDE), or 4 SIDE
+    listed = ", ".join(kinds)
+    body = '<div class="sheet">\n'
+    for column, label in zip(columns, labels):
+        body += figure_tag(column, f"{label}: {listed}", label)
+    text = (f"From top to bottom: {listed}. Near is dark; a normal's x, y, z are red, green, blue. "
+            "Nobody measured a depth: shape is learned because one volume must explain pictures "
+            "from many sides, and their masks (Sec. 3.2, Eq. 1 and 2). Depth and normals show what "
+            "colour hides: fog, holes, loose parts.")
+    return section("Shapes", body + "</div>", text)
+
+
+def some_data(trained, source=None, most=6):
+    """Some of the objects that a run was trained on, a Dataset; object_index has their numbers in
+    the run. To read or draw all of them would take longer than the page.
+
+    BadInput where they are not there, or others than the run has seen
+    """
+    source = source_now(trained, source)
+    N = len(trained.names)
+    k = torch.linspace(0, N - 1, min(most, N)).long()
+    names = [trained.names[i] for i in k]
+    settings = SimpleNamespace(**vars(trained.data_settings))          # a copy, for these alone
+    settings.objects = ",".join(names)
+    dataset = data.load_for(settings, source)
+    if dataset.names != names or not are_same(portraits(dataset), trained.portraits[k]):
+        raise other_photos(trained, source)
+    return dataclasses.replace(dataset, object_index=k[dataset.object_index])
+
+
+def truth_section(trained, source):
+    """Photos above what the decoder makes of their objects; a line where there are no photos."""
+    title = "Beside the truth"
+    try:
+        dataset = some_data(trained, source)
+    except BadInput as error:
+        # On the screen alone: where somebody's photos are is nobody else's business.
+        print(f"page    | without held-out views: {error}", flush=True)
+        return left_out(title, "the pictures that it was trained on are not at hand")
+    frames, kind = frames_to_show(dataset, 6)
+    images, masks = dataset.batch(frames, dataset.images.shape[1])
+    rgb, occupancy = render_frames(trained, dataset, frames, n_samples=96)
+    error = (rgb - images).square().flatten(1).mean(1)                 # (n,)
+    psnr = -10 * error.clamp(min=1e-10).log10()
+    pairs = torch.cat([on_white(images, masks), on_white(rgb, occupancy)], -2)
+    body = '<div class="sheet wide">\n'
+    for i, k in enumerate(dataset.object_index[frames].tolist()):
+        alt = f"{trained.names[k]}: truth above, render below"
+        body += figure_tag(pairs[i], alt, f"{trained.names[k]}: {psnr[i]:.1f} dB")
+    text = ("Above the truth, below what the decoder makes of that object's embedding, through the "
+            "same camera (Sec. 3.1). ")
+    if kind == "held-out":
+        text += ("These views were held out: training has never seen them, so what it learned are "
+                 "shapes, not pictures by heart. ")
+    else:
+        text += "No view was held out: training has seen these. "
+    text += ("The number is PSNR: the more alike, the higher; 10 dB more is a tenth of the squared "
+             "error.")
+    return section(title, body + "</div>", text)
+
+
+def read_curve(path, stage, column):
+    """A column of log.csv, 2: loss, 3: psnr -> (step, number) of a stage's rows that have it."""
+    points = []
+    for line in path.read_text(errors="replace").splitlines():
+        cells = line.split(",")
+        try:
+            step, number = int(cells[1]), float(cells[column])
+        except (ValueError, IndexError):
+            continue                             # the header, a row cut off, a cell that is empty
+        if cells[0] == str(stage) and math.isfinite(number):
+            points.append((step, number))
+    return points
+
+
+def curve_tag(points, title):
+    """A curve as SVG. It has no colours of its own: the page's are for light and for dark."""
+    steps, numbers = zip(*points)
+    ticks = MaxNLocator(4).tick_values(min(numbers), max(numbers))     # round numbers, beyond both
+    height = max(ticks[-1] - ticks[0], 1e-9)
+    width = max(steps[-1] - steps[0], 1)
+
+    def y_of(number):
+        return 140 - 120 * (number - ticks[0]) / height
+
+    lines = f'<text x="0" y="10">{title}</text>'
+    for tick in ticks:
+        y = y_of(tick)
+        lines += f'<path d="M30 {y:.1f}H230"/><text x="0" y="{y + 3:.1f}">{tick:.4g}</text>'
+    lines += f'<text x="30" y="156">step {steps[0]}</text>'
+    lines += f'<text x="230" y="156" text-anchor="end">{steps[-1]}</text>'
+    places = []
+    for step, number in points:
+        x = 30 + 200 * (step - steps[0]) / width
+        places.append(f"{x:.1f},{y_of(number):.1f}")
+    lines += f'<polyline points="{" ".join(places)}"/>'
+    told = f"{title}, from {numbers[0]:.4g} to {numbers[-1]:.4g}"
+    return f'<svg viewBox="0 0 232 160" role="img" aria-label="{told}">{lines}</svg>\n'
+
+
+def curves_section(path):
+    """How training went, of log.csv."""
+    title = "How it was learned"
+    body = ""
+    for stage, column, name in ((1, 3, "stage 1: PSNR, dB"), (1, 2, "stage 1: loss"),
+                                (2, 2, "stage 2: loss")):
+        points = read_curve(path, stage, column) if path.exists() else []
+        if len(points) > 1:
+            body += curve_tag(points, name)
+    if body == "":
+        return left_out(title, "this run has no log.csv, or none of two rows and more")
+    text = ("Stage 1 learns the decoder, and an embedding for each object (Sec. 3.2). Look at its "
+            "PSNR: its loss means something else whenever pictures become larger, and there both "
+            "fall back. Stage 2 learns to take noise out of latents (Sec. 3.3). Its loss soon "
+            "stands still, as most of it is noise that nobody could predict; samples go on getting "
+            "better.")
+    return section(title, f'<div class="curves">\n{body}</div>', text)
+
+
+def page_of_samples(trained, args):
+    """Title, lead and first sections of a page of new objects."""
+    noise = latent_noise(trained, args.n, args.seed)
+    latents, way = watched_sampling(
+        trained, noise, args.steps, args.churn, args.seed, args.prompt, args.guidance)
+    volumes = decode(trained, latents)
+    labels = [f"sample {i}" for i in range(args.n)]
+    channels, side, _, _ = trained.autodecoder.latent_shape
+    lead = (f"An autodecoder has learned from pictures of {len(trained.names)} objects, and a "
+            "diffusion model from the autodecoder's latents of them. These objects are new: noise "
+            f"of seed {args.seed} became latents, {channels} x {side} x {side} x {side} numbers "
+            "each; these became volumes of density and colour, and the volumes were rendered.")
+    if args.prompt is not None:
+        lead += f" Asked for was &ldquo;{html.escape(args.prompt)}&rdquo;."
+    body = orbit_section(trained, volumes, labels)
+    body += noise_section(trained, way)
+    body += sheet_section(trained, volumes, labels)
+    return "Objects that never existed", lead, body
+
+
+def page_of_training_objects(trained, args):
+    """The same of a run without stage 2, such as that of a single object."""
+    labels = trained.names[:args.n]
+    volumes = trained.autodecoder(torch.arange(len(labels), device=trained.device))
+    lead = ("An autodecoder has learned from pictures of objects, one embedding for each. Here "
+            f"embeddings are decoded: {len(labels)} of {len(trained.names)}. Nothing is new: that "
+            "takes stage 2, which this run does not have.")
+    body = orbit_section(trained, volumes, labels)
+    body += left_out("From noise to object", "this run has no stage 2")
+    body += sheet_section(trained, volumes, labels)
+    return "Objects that were learned", lead, body
+
+
+def save_page(trained, args, path):
+    """page.html: of new objects or, where there is no stage 2, of training objects."""
+    make = page_of_samples if hasattr(trained, "denoiser") else page_of_training_objects
+    title, lead, body = make(trained, args)
+    body += truth_section(trained, args.data)
+    body += curves_section(Path(args.run) / "log.csv")
+    run = html.escape(Path(args.run).resolve().name)       # not its whole path: pages get sent
+    # In one pass: what is filled in is not looked through for more to fill in.
+    page = PAGE.substitute(title=title, run=run, lead=lead, body=body)
+    with data.writing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")       # TRAP: Windows would take another
+    return path
+
+
+# The page around it: $title, $run, $lead and $body are filled in.
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<!-- The browser is told to fetch nothing: all that the page shows is in this file. -->
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>$title: $run</title>
+<style>
+:root { color-scheme: light dark; --paper: #faf9f6; --ink: #25272c; --quiet: #666a72;
+        --line: #dedbd4; --accent: #2d6f9e; --card: #ffffff; --rim: #efede7; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #17191d; --ink: #d9dbe1; --quiet: #9a9ea8;
+          --line: #33373e; --accent: #8fc0e6; --card: #c9ccd3; --rim: #a4a9b3; }
+}
+* { box-sizing: border-box; }
+body { max-width: 46rem; margin: 0 auto; padding: 3.5rem 1.25rem 5rem; background: var(--paper);
+       color: var(--ink); font: 1rem/1.6 system-ui, sans-serif; }
+h1 { margin: .3rem 0 1rem; font-size: 2.3rem; font-weight: 300; line-height: 1.15; }
+h2 { margin: 3.5rem 0 1rem; font-size: 1.3rem; font-weight: 500; }
+small, .left-out, figcaption, output { color: var(--quiet); }
+.left-out { margin-top: 3.5rem; }
+/* A picture is white behind its object. Multiplied with the card below it, white is the card's
+   colour; which in the dark is grey, as on black dark objects would be lost. */
+.card { border-radius: .6rem; overflow: hidden; isolation: isolate;
+        background: radial-gradient(circle, var(--card), var(--rim)); }
+img { display: block; width: 100%; height: auto; mix-blend-mode: multiply; }
+/* A frame is a window, behind which a large picture of many frames is moved. */
+.frame img { width: calc(100% * var(--columns)); pointer-events: none; user-select: none; }
+.turns { display: grid; grid-template-columns: calc((200% - .5rem) / 3) 1fr; gap: .5rem; }
+.choices { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; align-content: start; }
+@media (max-width: 34rem) {                /* a phone: the picture, its slider, the choices */
+  .viewer { display: flex; flex-direction: column; }
+  .turns { display: contents; }
+  .choices { order: 1; grid-template-columns: repeat(4, 1fr); margin-top: .6rem; }
+}
+.stage { cursor: ew-resize; touch-action: pan-y; }
+button { padding: 0; border: 0; border-radius: .6rem; background: none; cursor: pointer; }
+button[aria-pressed=true] { outline: 2px solid var(--accent); }
+.controls { display: flex; gap: 1rem; align-items: center; margin-top: .6rem; }
+.controls[hidden] { display: none; }
+input { flex: 1; min-width: 0; accent-color: var(--accent); }
+output { min-width: 7.5rem; }
+.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(4.9rem, 1fr)); gap: .5rem; }
+.wide { grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); }
+figure { margin: 0; }
+figcaption { margin-top: .3rem; font-size: .8rem; line-height: 1.3; text-align: center;
+             overflow-wrap: anywhere; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1rem; }
+svg text { fill: var(--quiet); font-size: 10px; }
+svg path { stroke: var(--line); }
+polyline { fill: none; stroke: var(--accent); stroke-width: 1.5; stroke-linejoin: round; }
+</style>
+<small>3DVADER &middot; $run</small>
+<h1>$title</h1>
+<p>$lead</p>
+$body
+<p><small>Sections and equations are those of AutoDecoding Latent 3D Diffusion Models, arXiv
+2307.05445. This page fetches nothing: it may be kept, and sent, as one file.</small></p>
+<script>
+// Without this script the first frames are still pictures. With it, a slider (and so the arrows of
+// the keyboard, too) says which frame shows.
+for (const viewer of document.querySelectorAll(".viewer")) {
+  const words = viewer.dataset.words.split("|"), frames = words.length
+  const columns = Number(viewer.dataset.columns), rows = frames / columns
+  const slider = viewer.querySelector("input"), stage = viewer.querySelector(".stage")
+
+  function show() {
+    const frame = Number(slider.value)
+    const x = -100 * (frame % columns) / columns, y = -100 * Math.floor(frame / columns) / rows
+    for (const image of viewer.querySelectorAll(".frame img"))
+      image.style.transform = "translate(" + x + "%, " + y + "%)"
+    viewer.querySelector("output").textContent = words[frame]
+    slider.setAttribute("aria-valuetext", words[frame])
+  }
+  slider.addEventListener("input", show)
+  viewer.querySelector(".controls").hidden = false
+  show()
+  if (stage === null) continue                       // nothing to be turned
+
+  // Once across the picture is one turn; after the last frame comes the first.
+  let place = 0, last = null
+  function turn(by) {
+    place = ((place + by) % frames + frames) % frames
+    slider.value = Math.floor(place)
+    show()
+  }
+  stage.addEventListener("pointermove", event => {
+    if (last !== null) turn(frames * (last - event.clientX) / stage.clientWidth)
+    last = event.clientX
+  })
+  for (const end of ["pointerleave", "pointercancel", "pointerup"])
+    stage.addEventListener(end, () => { last = null })
+  slider.addEventListener("input", () => { place = Number(slider.value) })
+
+  const choices = viewer.querySelectorAll("button")
+  function choose(choice) {
+    const large = stage.querySelector("img"), small = choice.querySelector("img")
+    large.src = small.src
+    large.alt = small.alt
+    for (const other of choices) other.setAttribute("aria-pressed", other === choice)
+  }
+  for (const choice of choices) choice.addEventListener("click", () => choose(choice))
+  if (choices.length > 0) choose(choices[0])
+}
+</script>
+""")
+
+
 # ---- Command line --------------------------------------------------------------------------------
 def choose_device(name):
     """"auto" -> a GPU where there is one; a device that cannot do the work is bad input.
@@ -1178,9 +1610,12 @@ def make_parser():
     add = parser.add_argument_group("subjects that move").add_argument
     add("--drive", metavar="CLIP", help="in the poses of this clip, a name in the run's data or a "
         "path")
-    add("--data", metavar="FOLDER", help="where the run's data is now (default: where it was)")
 
     add = parser.add_argument_group("what is shown").add_argument
+    add("--page", action="store_true", default=None, help="instead, a page for the browser, "
+        "page.html: new objects to be turned, the way from noise to them, how training went")
+    add("--data", metavar="FOLDER", help="of --page and --drive: where the run's data is now "
+        "(default: where it was)")
     add("--identity", type=int, metavar="K", help="training object K, not new ones")
     add("--interpolate", type=int, nargs=2, metavar="SEED", help="also a film from the first "
         "object of one seed to that of another")
@@ -1196,6 +1631,8 @@ ALONE = (
     ("identity", ("n", "seed", "steps", "churn", "direct", "prompt", "guidance", "interpolate",
                   "nearest"), "it shows a training object, nothing is drawn at random"),
     ("direct", ("steps", "churn", "prompt", "guidance", "interpolate"), "it is without diffusion"),
+    ("page", ("identity", "direct", "drive", "interpolate", "nearest", "mesh"), "it is all that is "
+     "drawn, of new objects"),
 )
 
 
@@ -1209,8 +1646,9 @@ def parse(arguments=None):
                 raise BadInput(f"--{other} does not go with --{flag}: {reason}")
     if "guidance" in given and "prompt" not in given:
         raise BadInput("--guidance says how strongly a --prompt is followed, and there is none")
-    if "data" in given and "drive" not in given:
-        raise BadInput(f"--data {args.data} says where a clip to --drive is, and there is none")
+    if "data" in given and "drive" not in given and "page" not in given:
+        raise BadInput(f"--data {args.data} is where a clip to --drive is, or what a --page shows, "
+                       "and there is neither")
     check_numbers(args)
     if args.mesh:
         import_marching_cubes()                            # before the work, not after it
@@ -1229,6 +1667,8 @@ def check_numbers(args):
         value = getattr(args, name)
         if value is not None:
             data.check_number(f"--{name}", value, bounds)
+    if args.page and args.n is not None:
+        data.check_number("with --page, --n", args.n, (1, MOST_ON_PAGE))
     for seed in args.interpolate or ():
         data.check_number("--interpolate", seed, SEEDS)
     if args.interpolate and args.interpolate[0] == args.interpolate[1]:
@@ -1291,16 +1731,29 @@ def check_run(args, trained):
         raise BadInput(f"--identity {args.identity}: the run has 0 to {last}")
 
 
+def needs_diffusion(args):
+    """Whether the flags ask for what stage 2 has learned. A page can do without, but not where a
+    flag says how to sample: that would be ignored in silence."""
+    if args.direct is not None or args.identity is not None:
+        return False
+    told = (args.seed, args.steps, args.churn, args.prompt)
+    if args.page and all(value is None for value in told):
+        return (Path(args.run) / "stage2.pt").exists()
+    return True
+
+
 def main(arguments=None):
     """Reads the flags, makes the objects, names what was written."""
     args = parse(arguments)
     device = choose_device(args.device)
-    needs_diffusion = args.direct is None and args.identity is None
-    trained = open_run(args.run, device, (1, 2) if needs_diffusion else (1,))
+    trained = open_run(args.run, device, (1, 2) if needs_diffusion(args) else (1,))
     fill_in(args, trained.settings)
     check_run(args, trained)
     folder = Path(args.out)
     data.make_folder(folder)             # before the data is read, which may take long
+    if args.page:
+        print(f"wrote {save_page(trained, args, folder / 'page.html')}")
+        return
     driving = None
     if args.drive is not None:
         driving = load_driving(trained, args.drive, args.data)

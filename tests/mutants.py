@@ -237,6 +237,21 @@ MUTANTS = [
     ("sample", '"churn": settings.churn', '"churn": 40.0'),
     ("sample", "torch.tensor([args.identity], device=device)", "torch.tensor([0], device=device)"),
     ("sample", "open_run(args.run, device,", 'open_run(args.run, "cpu",'),
+    # ... and the page of a run
+    ("sample", 'alt="{html.escape(alt)}"', 'alt="{alt}"'),
+    ("sample", "<figcaption>{html.escape(words)}", "<figcaption>{words}"),
+    ("sample", "azimuth = first_azimuth(trained) + math.radians(degrees)",
+     "azimuth = first_azimuth(trained) - math.radians(degrees)"),
+    ("sample", "pose = t * len(trained.poses) // ORBIT", "pose = 0"),
+    ("sample", "if next(calls) / 2 in shown:", "if next(calls) in shown:"),
+    ("sample", "return sample_latents(watched, noise, steps, churn, seed), way",
+     "return sample_latents(watched, noise, steps, churn), way"),
+    ("sample", "for latent_hat in (held, believed):", "for latent_hat in (believed, held):"),
+    ("sample", "object_index=k[dataset.object_index]", "object_index=dataset.object_index"),
+    ("sample", "torch.cat([on_white(images, masks), on_white(rgb, occupancy)], -2)",
+     "torch.cat([on_white(rgb, occupancy), on_white(images, masks)], -2)"),
+    ("sample", "return 140 - 120 * (number - ticks[0])", "return 20 + 120 * (number - ticks[0])"),
+    ("sample", "return (Path(args.run) / \"stage2.pt\").exists()", "return True"),
 
     # ---- train.py: the loops, and all that is wired around them
     ("train", '["lr"] = settings.lr_stage1 * (1 - share)\n        # PAPER',

@@ -1,12 +1,19 @@
-"""sample.py: strangers' checkpoints, noise to latents, the baseline, prompts, views, flags, meshes.
+"""sample.py: strangers' checkpoints, noise to latents, the baseline, prompts, views, flags, meshes,
+the page.
 
 Runs here are tiny and untrained: what is tested is that every number arrives where it belongs.
 """
+import base64
 import builtins
 import contextlib
 import dataclasses
+import json
 import math
+import shutil
+import subprocess
 import sys
+from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import imageio.v3 as iio
@@ -82,6 +89,8 @@ def small_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "SIDE", 24)
         patch.setattr(sample, "FRAMES", 4)
+        patch.setattr(sample, "ORBIT", 12)                 # of the page
+        patch.setattr(sample, "ORBIT_SIDE", 16)
         yield
 
 
@@ -834,6 +843,7 @@ CHANGES = {
     "--guidance": ("text", ["--n", "1", "--prompt", "a red chair"],
                    ["--n", "1", "--prompt", "a red chair", "--guidance", "9"]),
     "--drive": ("moving", ["--n", "1"], ["--n", "1", "--drive", "0001"]),
+    "--page": ("rigid", ["--n", "1"], ["--n", "1", "--page"]),
 }
 NAMED_IN_AN_ERROR = {
     "--run": ["--run", "nowhere"],
@@ -880,9 +890,11 @@ def test_the_run_is_opened_on_the_device_that_is_asked_for(folder, monkeypatch):
 
     monkeypatch.setattr(sample, "choose_device", lambda name: f"the {name}")
     monkeypatch.setattr(sample, "open_run", watched)
-    for flags in ([], ["--direct", "fitted"], ["--identity", "1"]):
+    page = ["--page"]                                      # of a run without stage 2
+    for flags in ([], ["--direct", "fitted"], ["--identity", "1"], page, page + ["--seed", "0"]):
         refused(lambda: sample.main(["--run", "r", "--device", "gpu", *flags]), "enough")
-    assert seen == [("r", "the gpu", (1, 2)), ("r", "the gpu", (1,)), ("r", "the gpu", (1,))]
+    both, one = ("r", "the gpu", (1, 2)), ("r", "the gpu", (1,))
+    assert seen == [both, one, one, one, both]
 
 
 def test_what_no_flag_says_is_taken_from_the_runs_settings():
@@ -925,15 +937,17 @@ def test_results_go_beside_the_run_where_no_folder_is_named(tmp_path):
 
 VALUES = {"n": ["2"], "seed": ["1"], "steps": ["3"], "churn": ["0"], "direct": ["normal"],
           "prompt": ["a red chair"], "guidance": ["2"], "interpolate": ["1", "2"], "nearest": [],
-          "identity": ["0"]}
+          "identity": ["0"], "mesh": [], "drive": ["0001"]}
 WITHOUT_DIFFUSION = ["steps", "churn", "prompt", "guidance", "interpolate"]
 WITHOUT_CHANCE = WITHOUT_DIFFUSION + ["n", "seed", "direct", "nearest"]
+NOT_ON_A_PAGE = ["identity", "direct", "drive", "interpolate", "nearest", "mesh"]
 
 
 @pytest.mark.parametrize("flag, other", [("direct", other) for other in WITHOUT_DIFFUSION]
-                         + [("identity", other) for other in WITHOUT_CHANCE])
+                         + [("identity", other) for other in WITHOUT_CHANCE]
+                         + [("page", other) for other in NOT_ON_A_PAGE])
 def test_flags_that_do_not_go_together_are_refused_by_name_before_anything_is_read(flag, other):
-    flags = [f"--{flag}", *VALUES[flag], f"--{other}", *VALUES[other]]
+    flags = [f"--{flag}", *VALUES.get(flag, []), f"--{other}", *VALUES[other]]
     refused(lambda: sample.main(["--run", "nowhere", *flags]), f"--{flag}", f"--{other}")
 
 
@@ -943,7 +957,8 @@ def test_flags_that_do_not_go_together_are_refused_by_name_before_anything_is_re
     (["--n", "1001"], ["--n", "between 1 and 1000"]),
     (["--seed", "-1"], ["--seed", "between 0 and"]),
     (["--interpolate", "0", "-1"], ["--interpolate", "between 0 and"]),
-    (["--data", "somewhere"], ["--data", "--drive"]),
+    (["--data", "somewhere"], ["--data", "--drive", "--page"]),
+    (["--page", "--n", "65"], ["--page", "--n", "between 1 and 64"]),
     (["--churn", "-5"], ["--churn"]),
     (["--churn", "nan"], ["--churn"]),
     (["--guidance", "2"], ["--guidance", "--prompt"]),
@@ -974,6 +989,378 @@ def test_the_data_of_a_run_is_read_again_only_where_it_is_still_that(moving_run,
     trained.portraits = 1 - trained.portraits
     refused(lambda: sample.load_data(trained), "puppets", str(moving_run), "--data")
     refused(lambda: sample.load_data(trained, str(tmp_path / "gone")), "gone", "is not there")
+
+
+# ---- One page of a run ---------------------------------------------------------------------------
+LOG = """stage,step,loss,psnr,ms_per_step
+1,10,4.0,10.0,5
+1,20,2.0,20.0,5
+1,30,nan,nan,5
+2,10,1.5,,5
+2,20,1.25,,5
+2,30,1.0,,5
+2,40
+"""
+
+
+class Page(HTMLParser):
+    """A page as a browser reads it: tags with their attributes; all that is to be read; pictures,
+    (3, H, W) in [0, 1] by their alt."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.open, self.words = [], [], ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        assert self.open == ["html"]                       # which may be left open
+        self.pictures = {}
+        for picture in self.all("img"):
+            head, _, content = picture["src"].partition(",")
+            assert head == "data:image/jpeg;base64"
+            pixels = torch.tensor(iio.imread(base64.b64decode(content, validate=True)))
+            assert pixels.shape == (int(picture["height"]), int(picture["width"]), 3)
+            self.pictures[picture["alt"]] = pixels.movedim(-1, 0) / 255
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words += text
+
+    def script(self):
+        return self.source.split("<script>")[1].split("</script>")[0]
+
+
+@pytest.fixture(scope="module")
+def page_run(tmp_path_factory):
+    """A run of built-in objects that knows its data, with a log."""
+    run = make_run(tmp_path_factory.mktemp("page") / "small", lively=True,
+                   names=["0000", "0001", "0002"])
+    dataset = data.load_for(SimpleNamespace(**settings_of()), "synthetic")
+    edit(run / "stage1.pt", portraits=sample.portraits(dataset))
+    (run / "log.csv").write_text(LOG)
+    return run
+
+
+def draw_page(run, *flags):
+    with small_pictures():
+        sample.main(["--run", str(run), "--page", *flags])
+    return Page(run / "samples" / "page.html")
+
+
+@pytest.fixture(scope="module")
+def page(page_run):
+    return draw_page(page_run, "--n", "5", "--seed", "3")
+
+
+def assert_alike(pictures, true):
+    """Each of n pictures (n, 3, H, W) is, but for what JPEG takes away, the n-th of the true ones,
+    and more like it than like any other."""
+    pictures, true = torch.stack(list(pictures)).flatten(1), torch.stack(list(true)).flatten(1)
+    distance = torch.cdist(pictures, true) / math.sqrt(pictures.shape[1])
+    assert distance.diag().max() < 0.05
+    assert torch.equal(distance.argmin(1), torch.arange(len(true)))
+
+
+def rendered(trained, volumes, azimuths, size, **options):
+    """(n, V, 3, size, size) over white."""
+    rgb, occupancy = sample.render_any_views(trained, volumes, azimuths, size, **options)
+    return sample.on_white(rgb, occupancy)
+
+
+def test_a_page_has_all_sections_and_fetches_nothing(page, page_run):
+    for words in ("Objects that never existed", "3DVADER \u00b7 small", "of 3 objects", "seed 3",
+                  "16 x 4 x 4 x 4", "Turn it", "From noise to object", "Shapes",
+                  "Beside the truth", "How it was learned", "Sec. 3.1", "Sec. 3.2", "Sec. 3.3"):
+        assert words in page.words
+    assert "left out" not in page.words
+    assert len(page.all("h2")) == 5 and len(page.all("svg")) == 3 and len(page.all("script")) == 1
+    # Nothing comes from elsewhere, and the browser is told so.
+    assert "://" not in page.source
+    assert all(set(tag) <= {"src", "alt", "width", "height"} for tag in page.all("img"))
+    names = {name for name, _ in page.tags}
+    assert not names & {"link", "iframe", "object", "a", "audio", "video"}
+    assert "url(" not in page.source and "import" not in page.script()
+    (policy,) = [tag for tag in page.all("meta") if "http-equiv" in tag]
+    assert policy["content"].split(";")[0] == "default-src 'none'"
+    assert str(page_run) not in page.source                # where it lies is nobody's business
+
+
+def test_the_frames_of_a_page_are_one_turn_of_each_sample(page, page_run):
+    trained = sample.open_run(page_run)
+    noise = sample.latent_noise(trained, 5, 3)
+    volumes = sample.decode(trained, sample.sample_latents(trained, noise, 4, 40.0, 3))
+    azimuths = [0.6 + 2 * math.pi * t / 12 for t in range(12)]
+    true = rendered(trained, volumes, azimuths, 16)        # (5, 12, 3, 16, 16)
+    frames = []
+    for i in range(5):
+        sheet = page.pictures[f"sample {i}, turning"]      # 2 rows of 6
+        assert sheet.shape == (3, 32, 96)
+        frames += list(sheet.reshape(3, 2, 16, 6, 16).permute(1, 3, 0, 2, 4).flatten(0, 1))
+    assert_alike(frames, true.flatten(0, 1))
+    (turning,) = [tag for tag in page.all("div") if tag.get("data-columns") == "6"]
+    assert turning["data-words"].split("|") == [f"{30 * t} degrees" for t in range(12)]
+    styles = [tag["style"] for tag in page.all("div") if "style" in tag]
+    assert styles.count("aspect-ratio: 16 / 16; --columns: 6") == 6      # and the first one large
+
+
+def test_the_way_from_noise_begins_with_noise_and_ends_with_the_samples(page, page_run):
+    trained = sample.open_run(page_run)
+    noise = sample.latent_noise(trained, 5, 3)
+    latents = sample.sample_latents(trained, noise, 4, 40.0, 3)
+    way = page.pictures["from noise to object: held above, believed below"]
+    assert way.shape == (3, 4 * 48, 96)                    # levels; two rows of four objects
+    held, believed = way.reshape(3, 4, 2, 24, 4, 24).permute(2, 1, 4, 0, 3, 5)     # (4, 4, 3, ...)
+    samples = rendered(trained, sample.decode(trained, latents[:4]), [0.6], 24)[:, 0]
+    assert_alike(believed[-1], samples)
+    begin = trained.normalizer.denormalize(80 * noise[:4])
+    assert_alike(held[0], rendered(trained, sample.decode(trained, begin), [0.6], 24)[:, 0])
+    (levels,) = [tag for tag in page.all("div") if tag.get("data-columns") == "1"]
+    first, *others, last = levels["data-words"].split("|")
+    assert first == "sigma = 80" and last == "sigma = 0.002" and len(others) == 2
+
+
+@pytest.mark.parametrize("prompt, steps", [(None, 1), (None, 20), ("a red chair", 3)])
+def test_to_be_watched_changes_no_sample(text_run, prompt, steps):
+    trained = sample.open_run(text_run)
+    noise = sample.latent_noise(trained, 5, 1)
+    latents, way = sample.watched_sampling(trained, noise, steps, 40.0, 1, prompt, 5.0)
+    expected = sample.sample_prompt(trained, noise, steps, 40.0, 1, prompt, 5.0)
+    assert torch.equal(latents, expected)
+    assert len(way) == min(steps, 16)
+    sigmas = [sigma for sigma, _, _ in way]
+    assert sigmas[0] == 80 and (steps == 1 or sigmas[-1] == pytest.approx(0.002))
+    last = trained.normalizer.denormalize(way[-1][2])
+    torch.testing.assert_close(last, latents[:4])          # the last step goes to what is believed
+
+
+def test_the_sheet_of_a_page_shows_colour_depth_and_normals_of_every_sample(page, page_run):
+    trained = sample.open_run(page_run)
+    noise = sample.latent_noise(trained, 5, 3)
+    volumes = sample.decode(trained, sample.sample_latents(trained, noise, 4, 40.0, 3))
+    rows, _ = sample.geometry_rows(sample.geometry_views(trained, volumes, 0.6, 24))
+    columns = [page.pictures[f"sample {i}: colour, depth, normals"] for i in range(5)]
+    assert_alike(columns, torch.cat(rows, -2))
+
+
+def test_beside_the_truth_stands_what_is_made_of_the_same_object_by_the_same_camera(page, page_run):
+    trained = sample.open_run(page_run)
+    dataset = sample.load_data(trained)
+    frames = dataset.heldout.nonzero()[:, 0]
+    images, masks = dataset.batch(frames, 32)
+    rgb, occupancy = sample.render_frames(trained, dataset, frames, 96)
+    pairs = [page.pictures[f"{name}: truth above, render below"] for name in trained.names]
+    assert_alike([pair[:, :32] for pair in pairs], sample.on_white(images, masks))
+    assert_alike([pair[:, 32:] for pair in pairs], sample.on_white(rgb, occupancy))
+    for i, name in enumerate(trained.names):
+        psnr = -10 * (rgb[i] - images[i]).square().mean().log10()
+        assert f"{name}: {psnr:.1f} dB" in page.words
+    assert "These views were held out" in page.words
+
+
+def test_some_of_the_data_has_the_numbers_of_its_objects_in_the_run(page_run):
+    trained = sample.open_run(page_run)
+    some = sample.some_data(trained, most=2)
+    assert some.names == ["0000", "0002"] and some.object_index.unique().tolist() == [0, 2]
+    everything = sample.load_data(trained)
+    same = everything.images[everything.object_index != 1]
+    assert torch.equal(some.images, same)
+    trained.portraits = trained.portraits.roll(1, 0)
+    refused(lambda: sample.some_data(trained, most=2), "synthetic", "are not the photos")
+
+
+def test_curves_go_from_the_first_step_to_the_last_and_up_for_more(page, tmp_path):
+    curves = [tag["aria-label"] for tag in page.all("svg")]
+    assert curves == ["stage 1: PSNR, dB, from 10 to 20", "stage 1: loss, from 4 to 2",
+                      "stage 2: loss, from 1.5 to 1"]
+    places = []
+    for line in page.all("polyline"):
+        places.append([tuple(map(float, place.split(","))) for place in line["points"].split()])
+    (left, low), (right, high) = places[0]
+    assert (left, right) == (30, 230) and 140 >= low > high >= 20
+    (x0, y0), (x1, y1), (x2, y2) = places[2]               # 1.5, 1.25, 1 at 10, 20, 30
+    assert (x0, x1, x2) == (30, 130, 230) and y1 - y0 == pytest.approx(y2 - y1, abs=0.2) and y1 > y0
+    (tmp_path / "log.csv").write_text("stage,step,loss,psnr,ms_per_step\n1,5,2.0,7.0,1\n")
+    for path in (tmp_path / "log.csv", tmp_path / "none.csv"):
+        section = sample.curves_section(path)
+        assert "left out" in section and "log.csv" in section and "<svg" not in section
+    flat = sample.curve_tag([(5, 1.0), (5, 1.0)], "the same step and number twice")
+    assert "nan" not in flat and "inf" not in flat
+
+
+HOSTILE = ['<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "$body & ${run} $$"]
+
+
+def test_names_and_prompts_are_shown_as_they_are_whatever_is_in_them(tmp_path, text_run):
+    run = make_run(tmp_path / "<b>run<b>", lively=True, names=HOSTILE)
+    (run / "stage2.pt").unlink()
+    page = draw_page(run)
+    assert len(page.all("script")) == 1 and page.all("b") == []
+    assert all("onerror" not in tag for tag in page.all("img"))
+    for name in HOSTILE:
+        assert name in page.words and f"{name}, turning" in page.pictures
+    assert "<b>run<b>" in page.words
+    with small_pictures():
+        sample.main(["--run", str(text_run), "--out", str(tmp_path), "--page", "--n", "1",
+                     "--prompt", "a red <script>chair</script> & $run"])
+    page = Page(tmp_path / "page.html")
+    assert "a red <script>chair</script> & $run" in page.words and len(page.all("script")) == 1
+
+
+def test_a_page_of_a_run_without_stage_2_shows_its_training_objects(tmp_path):
+    run = make_run(tmp_path, lively=True)
+    (run / "stage2.pt").unlink()
+    page = draw_page(run, "--n", "2")
+    assert "Objects that were learned" in page.words and "2 of 3" in page.words
+    assert "From noise to object: left out" in page.words and "no stage 2" in page.words
+    trained = sample.open_run(run, stages=(1,))
+    true = rendered(trained, trained.autodecoder(torch.arange(2)), [0.6], 16)[:, 0]
+    frames = [page.pictures[f"{name}, turning"][:, :16, :16] for name in NAMES[:2]]
+    assert_alike(frames, true)
+    # What only stage 2 hears is not ignored in silence.
+    refused(lambda: draw_page(run, "--seed", "1"), "stage2.pt", "--stage 2")
+
+
+def test_a_page_of_one_object_has_nothing_to_choose_from(tmp_path):
+    run = make_run(tmp_path, lively=True, names=["ann"])
+    (run / "stage2.pt").unlink()
+    page = draw_page(run)
+    assert page.all("button") == [] and "1 of 1" in page.words
+
+
+def test_what_a_run_lacks_is_left_out_of_its_page_with_a_reason(tmp_path, capsys):
+    run = make_run(tmp_path / "run", source=str(tmp_path / "photos of ann"), lively=True)
+    page = draw_page(run, "--n", "1")
+    assert "Beside the truth: left out, as the pictures" in page.words
+    assert "How it was learned: left out, as this run has no log.csv" in page.words
+    assert "photos of ann" not in page.source              # a path is told on the screen alone
+    assert "photos of ann" in capsys.readouterr().out
+    assert len(page.all("h2")) == 3
+
+
+def test_a_page_of_what_moves_swings_and_goes_through_its_poses(moving_run):
+    page = draw_page(moving_run, "--n", "1")
+    trained = sample.open_run(moving_run)
+    latents = sample.sample_latents(trained, sample.latent_noise(trained, 1, 0), 4, 40.0, 0)
+    volumes = sample.decode(trained, latents)
+    (turning,) = [tag for tag in page.all("div") if tag.get("data-columns") == "6"]
+    words = turning["data-words"].split("|")
+    assert words[::3] == ["0 degrees", "20 degrees", "0 degrees", "-20 degrees"]
+    sheet = page.pictures["sample 0, turning"]
+    frames = sheet.reshape(3, 2, 16, 6, 16).permute(1, 3, 0, 2, 4).flatten(0, 1)
+    for t in (0, 3, 9):
+        azimuth = math.radians(20 * math.sin(2 * math.pi * t / 12))
+        true = rendered(trained, volumes, [azimuth], 16, pose=t * 5 // 12)[0, 0]
+        assert (frames[t] - true).square().mean().sqrt() < 0.05
+    assert "sample 0: colour, depth, normals, parts" in page.pictures
+    assert "filmed from ahead" in page.words and "Beside the truth: left out" not in page.words
+
+
+@pytest.mark.slow
+def test_a_page_of_eight_objects_is_smaller_than_five_megabytes(page_run, tmp_path):
+    sample.main(["--run", str(page_run), "--page", "--out", str(tmp_path), "--n", "2"])
+    assert 4 * (tmp_path / "page.html").stat().st_size < 5e6
+    page = Page(tmp_path / "page.html")
+    assert page.pictures["sample 1, turning"].shape == (3, 6 * 160, 6 * 160)
+
+
+# ---- ... in a browser ----------------------------------------------------------------------------
+def test_the_script_of_a_page_is_a_program(page, tmp_path):
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node, which would read the script, is not installed")
+    (tmp_path / "page.js").write_text(page.script())
+    done = subprocess.run([node, "--check", tmp_path / "page.js"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def find_browser():
+    """A Chromium, by its usual names, or one of playwright's; None where there is none."""
+    for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
+        if shutil.which(name):
+            return shutil.which(name)
+    for cache in (".cache/ms-playwright", "Library/Caches/ms-playwright"):
+        for name in ("chrome", "headless_shell", "Chromium"):
+            found = sorted(Path.home().glob(f"{cache}/chromium*/**/{name}"))
+            if found:
+                return str(found[-1])
+    return None
+
+
+# What somebody does with a page, and what is then to be seen.
+VISIT = """<script>
+const seen = {}, viewers = document.querySelectorAll(".viewer")
+const [orbit, noise] = viewers
+const stage = orbit.querySelector(".stage"), small = orbit.querySelectorAll("button img")
+const large = stage.querySelector("img")
+function told(viewer) { return viewer.querySelector("output").textContent }
+function place() {                            // of the frame that shows: columns, rows
+  const box = stage.querySelector(".frame").getBoundingClientRect()
+  const sheet = large.getBoundingClientRect()
+  return [(box.left - sheet.left) / box.width, (box.top - sheet.top) / box.height]
+}
+function move(share, kind) {
+  const x = share * stage.clientWidth
+  stage.dispatchEvent(new PointerEvent(kind || "pointermove", {clientX: x, pointerType: "touch"}))
+}
+function slide(viewer, frame) {
+  const slider = viewer.querySelector("input")
+  slider.value = frame
+  slider.dispatchEvent(new Event("input"))
+}
+seen.begin = [told(orbit), told(noise), place(), large.src === small[0].src]
+move(0.5); move(0.74); seen.right = [told(orbit), place()]    // once across is once around
+move(0.41); seen.left = told(orbit)
+move(0.9, "pointerleave"); move(0.1); seen.again = told(orbit)       // another finger, elsewhere
+slide(orbit, 7); seen.slid = [told(orbit), place()]
+move(0.26); seen.after = told(orbit)          // from where the slider was
+slide(noise, 3); seen.noise = [told(noise), told(orbit)]
+small[2].closest("button").click()
+seen.chosen = [large.src === small[2].src, large.alt]
+seen.pressed = [...orbit.querySelectorAll("button")].map(one => one.ariaPressed)
+seen.hidden = [...document.querySelectorAll(".controls")].map(one => one.hidden)
+seen.fits = document.documentElement.scrollWidth <= innerWidth
+addEventListener("load", () => {
+  seen.broken = [...document.images].filter(image => image.naturalWidth === 0).length
+  document.title = JSON.stringify(seen)
+})
+</script>"""
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_a_page_turns_slides_and_shows_what_is_chosen(page, tmp_path, width):
+    browser = find_browser()
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+    (tmp_path / "page.html").write_text(page.source + VISIT, encoding="utf-8")
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
+         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000", "--dump-dom",
+         (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=120)
+    if "Turn it" not in done.stdout:
+        pytest.skip(f"{browser} could not open the page: it may not read pytest's folders")
+    visited = tmp_path / "visited.html"
+    visited.write_text(done.stdout, encoding="utf-8")
+    seen = json.loads(done.stdout.split("<title>")[1].split("</title>")[0])
+    assert seen["begin"] == ["0 degrees", "sigma = 80", [0, 0], True]
+    # The nearer side follows the hand to the right: the camera goes left, 0.24 turns of 12 frames.
+    assert seen["right"] == ["270 degrees", [3, 1]]
+    assert seen["left"] == "30 degrees" and seen["again"] == "30 degrees"
+    assert seen["slid"] == ["210 degrees", [1, 1]] and seen["after"] == "150 degrees"
+    assert seen["noise"] == ["sigma = 0.002", "150 degrees"]
+    assert seen["chosen"] == [True, "sample 2, turning"]
+    assert seen["pressed"] == ["false", "false", "true", "false", "false"]
+    assert seen["hidden"] == [False, False] and seen["fits"] and seen["broken"] == 0
 
 
 # ---- Meshes --------------------------------------------------------------------------------------
