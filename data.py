@@ -3199,7 +3199,7 @@ def photographed_object(one, reading):
 
 
 def build_each(chosen, build, reading):
-    """Yields name and Capture of each of a list of Found; those that cannot be built are left out."""
+    """Yields name and Capture of each of a list of Found that can be built."""
     for one in telling(chosen, "data    | objects"):
         capture = None
         with reading.trying("object", one.name):
