@@ -230,6 +230,7 @@ def learn(settings, folder, device="cpu"):
 #     text                      a loop of its own: the denoiser hears captions
 #     log, saving, resuming     what is left of a run, and how it goes on
 #     one run in a folder       nobody else writes there, and nothing is replaced without a word
+#     many GPUs, many machines  each takes a share of every step
 #     stage 1, stage 2          the loops with all of this around them
 #     looking ahead             what can be known before the data is read; then the command line
 #
@@ -238,6 +239,7 @@ def learn(settings, folder, device="cpu"):
 # first: branches for every kind of data in one loop would hide the method from all of them.
 import contextlib  # noqa: E402
 import csv  # noqa: E402
+import datetime  # noqa: E402
 import hashlib  # noqa: E402
 import io  # noqa: E402
 import itertools  # noqa: E402
@@ -250,6 +252,7 @@ import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import matplotlib  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
 from data import BadInput  # noqa: E402
 
@@ -1128,9 +1131,16 @@ def for_resuming(state):
     The loops draw from the state's own generator; what draws without one (weights of new modules,
     the noise of PoseNet.split) uses torch's, which is "global".
     """
-    random = {"generator": state.generator.get_state(), "global": torch.get_rng_state()}
-    return {"optimizer": state.optimizer.state_dict(), "random": random, "seconds": state.seconds,
-            "log": state.log.means()}
+    saved = {"optimizer": state.optimizer.state_dict(), "random": randomness(state),
+             "seconds": state.seconds, "log": state.log.means()}
+    if processes() > 1:
+        saved["others"] = state.others                       # see gather_others
+    return saved
+
+
+def randomness(state):
+    """Where a process's random numbers stand."""
+    return {"generator": state.generator.get_state(), "global": torch.get_rng_state()}
 
 
 def restore_randomness(state, saved):
@@ -1316,11 +1326,260 @@ def sped_up(settings, network, device):
             answer = forward(*arguments)
         return answer.float()
 
-    network.forward = in_bf16 if settings.precision == "bf16" else forward
+    inner = in_bf16 if settings.precision == "bf16" else forward
+    network.forward = inner if processes() == 1 else averaging(network, inner, device)
     try:
         yield
     finally:
         del network.forward                              # the class's own is back
+
+
+# ---- Many GPUs, many machines --------------------------------------------------------------------
+#
+#     torchrun --nproc_per_node=4 train.py ...       with the flags of one process, and their meaning
+#
+# torchrun starts the same program several times, a process for each GPU, and tells each of them in
+# its environment how many there are and which one it is. All have the same weights. Each draws its
+# share of a step's objects, from a random stream of its own; then torch's DistributedDataParallel
+# averages the gradients, so that all take the same step: that which one process would have taken
+# with all of these objects. Only batch norm differs on CPUs: see averaging.
+#
+# The first process, rank 0, does what one process does alone, files and words and pictures. The
+# others help it with its steps (assist), and neither write nor speak. TRAP: each exchange between
+# them waits for all: were one skipped by somebody, all would wait for ever. So these are few:
+#
+#     tell, told      before a stage: what is to be done
+#     averaging       in loss.backward()
+#     mean_of_all     after a step: its loss, for the log
+#     after_step      ... whether to stop; and what a checkpoint needs of each
+#
+# SIMPLIFIED: every process holds all frames, and all machines see the same data and the same --out.
+
+
+def processes():
+    """How many there are. Without torchrun, one: then nothing below does anything."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank():
+    """Which of them this is, from 0 on."""
+    return int(os.environ.get("RANK", 0))
+
+
+def own_stream(seed, name):
+    """sample.stream of this process. The first one's is that of a process alone; were the others'
+    the same, all would learn from the same objects with the same noise, to no avail."""
+    if rank() > 0:
+        name = f"{name} rank {rank()}"
+    return sample.stream(seed, name)
+
+
+def share_of(settings):
+    """The settings as a loop of this process needs them: its part of a step."""
+    return dataclasses.replace(
+        settings, objects_per_step=settings.objects_per_step // processes(),
+        batch_size=settings.batch_size // processes())
+
+
+def check_processes(args, settings, learned):
+    """What several processes cannot share; learned: whether cameras are."""
+    names = {1: ["objects_per_step"], 2: ["batch_size"], None: ["objects_per_step", "batch_size"]}
+    for name in names[args.stage]:
+        if getattr(settings, name) % processes():
+            raise BadInput(f"{flag(name)} {getattr(settings, name)} cannot be divided among "
+                           f"{processes()} processes")
+    # The pose network subtracts the mean of 2D points of all frames in a step: each process would
+    # have another one, and with it another idea of where the subject stands.
+    if processes() > 1 and learned and args.stage != 2:
+        raise BadInput("cameras are learned by one process alone: run it without torchrun; stage 2 "
+                       "may have several")
+
+
+def own_device(name):
+    """The device of this process: of a machine's GPUs, each process takes one of its own."""
+    device = sample.choose_device(name)
+    if processes() == 1 or torch.device(device).type != "cuda":
+        return device
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    if device != "cuda":
+        raise BadInput(f"--device {name}: of several processes each takes a GPU of its own; say "
+                       "cuda")
+    if here > torch.cuda.device_count():
+        raise BadInput(f"torchrun --nproc_per_node={here}: but this machine has "
+                       f"{torch.cuda.device_count()} GPUs; as many processes, or --device cpu")
+    device = f"cuda:{os.environ['LOCAL_RANK']}"
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def together():
+    """Around a whole run: the processes meet, and part."""
+    if processes() == 1:
+        yield
+        return
+    data.STOP.start = (f"torchrun --nnodes={os.environ.get('GROUP_WORLD_SIZE', 1)} "
+                          f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', processes())}")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # Others wait while the first one reads photos, draws and scores: patiently.
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    try:
+        yield
+    except RuntimeError as error:
+        # Who waits for a process that has ended hears of it: from gloo by words, from NCCL so.
+        if not isinstance(error, dist.DistError) and "peer" not in str(error):
+            raise
+        if rank() > 0:
+            sys.exit(1)                                  # the first one has said what was wrong
+        raise BadInput("another process of this run has ended, see what it said; go on with "
+                       "--resume from what was saved") from None
+    except data.Interrupted as interrupted:
+        if rank() == 0:
+            raise
+        sys.exit(128 + interrupted.number)               # as above
+    dist.destroy_process_group()
+
+
+def tell(stage, settings=None, device="cpu", source="", folder="", resume=False):
+    """What the others are to do next, said by the first: a stage of these; None: nothing more."""
+    if processes() > 1:
+        kind = torch.device(device).type
+        dist.broadcast_object_list([(stage, settings, kind, source, folder, resume)])
+
+
+def told():
+    """What the first process tells the others."""
+    box = [None]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+class Learner(torch.nn.Module):
+    """What DistributedDataParallel asks for: all weights of a network, and its forward."""
+
+    def __init__(self, network, forward):
+        super().__init__()
+        self.network = network
+        self.forward = forward
+
+
+def averaging(network, forward, device):
+    """A network's forward, after which loss.backward() gives each weight the mean gradient of all
+    processes.
+
+    It gives it to weights of the network that are reached in other ways, too, as are those of the
+    text encoder: each is sent on its way when its gradient is complete, wherever that came from.
+    """
+    if torch.device(device).type == "cuda":
+        # Batch norm then measures all objects of the step. On CPUs torch has no such thing: each
+        # process measures its own share, and the first one's running means go into the file.
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    # TRAP: sheets are drawn by the first process alone. Were buffers sent around in each forward,
+    # it would wait for the others there, and they for it at the next step.
+    learner = torch.nn.parallel.DistributedDataParallel(
+        Learner(network, forward), forward_sync_buffers=False)
+    return lambda *inputs: learner(*inputs)                  # itself, it would become a part of it
+
+
+def mean_of_all(number):
+    """A number that each process measured, () on its device -> the mean."""
+    if processes() == 1:
+        return number
+    total = number.clone()
+    dist.all_reduce(total)
+    return total / processes()
+
+
+def after_step(settings, state, steps, stop):
+    """All processes ask each other -> whether a checkpoint is due, and by which signal to stop, 0
+    for none. Then state.others is what it keeps of the others.
+
+    Asked once: the signal may come between two looks, and nothing would have been saved.
+    """
+    due = is_due(settings, state.step, steps)
+    asked = stop.asked or 0
+    if processes() == 1:
+        return due, asked
+    # All get the signal, each in some step of its own; all must stop after the same.
+    asked_of_any = torch.tensor(asked)                       # on the CPU: no GPU is waited for
+    dist.all_reduce(asked_of_any, dist.ReduceOp.MAX)
+    asked = int(asked_of_any)
+    if due or asked:
+        state.others = gather_others(state)
+    return due, asked
+
+
+def gather_others(state):
+    """Where random numbers stand in every process but the first, and, of stage 1, which objects
+    are still to come: without it, each would begin anew after --resume."""
+    own = {"random": randomness(state), "order": getattr(state, "order", None)}
+    of_all = [None] * processes()
+    dist.all_gather_object(of_all, own)
+    return of_all[1:]
+
+
+def same_processes(old, path):
+    """Resuming needs as many processes as have saved a checkpoint: each has random numbers there."""
+    saved_by = 1 + len(old.get("others", []))
+    if saved_by != processes():
+        raise BadInput(f"{path} was trained by {saved_by} processes, but here are {processes()}; "
+                       f"go on with torchrun --nproc_per_node={saved_by}, or start anew with "
+                       "another --out")
+
+
+def of_this_process(old):
+    """The random numbers of this process in a checkpoint: "random" and "order"."""
+    if rank() == 0:
+        return old
+    return old["others"][rank() - 1]
+
+
+def assist():
+    """What every process but the first does: its share of the steps."""
+    while True:
+        stage, settings, kind, source, folder, resume = told()
+        if stage is None:
+            return
+        device = own_device(kind)
+        if stage == 1:
+            assist_stage1(settings, device, source, folder, resume)
+        else:
+            assist_stage2(settings, device, folder, resume)
+
+
+def assist_stage1(settings, device, source, folder, resume):
+    """run_stage1 and learn_stage1, but for what they write."""
+    dataset = data.load_for(settings, source)
+    features = autodecoder.build_features(settings.perceptual, device)
+    state = new_stage1(settings, dataset, device)
+    state.portraits = sample.portraits(dataset)
+    if resume:
+        old = sample.load_checkpoint(folder, 1, resume=True)
+        resume_stage1(settings, state, dataset, folder / "stage1.pt", old, source)
+    with data.finishing_steps() as stop, sped_up(settings, state.autodecoder, device):
+        for loss, error in steps_of_stage1(settings, dataset, state, features):
+            mean_of_all(loss)
+            mean_of_all(error)
+            _, stopping = after_step(settings, state, settings.steps_stage1, stop)
+            if stopping:
+                raise data.Interrupted(stopping)
+
+
+def assist_stage2(settings, device, folder, resume):
+    """run_stage2 and learn_stage2, but for what they write."""
+    first = sample.load_checkpoint(folder, 1)
+    trained = sample.open_run(folder, device, stages=(1,))
+    latents = sample.training_latents(trained.autodecoder, len(trained.names))
+    settings, state = new_stage2(settings, latents, first, folder, device)
+    if resume:
+        old = sample.load_checkpoint(folder, 2, resume=True)
+        resume_stage2(settings, state, folder / "stage2.pt", old)
+    with data.finishing_steps() as stop, sped_up(settings, state.model, device):
+        for loss in steps_of_stage2(settings, state):
+            mean_of_all(loss)
+            _, stopping = after_step(settings, state, settings.steps_stage2, stop)
+            if stopping:
+                raise data.Interrupted(stopping)
 
 
 # ---- Stage 1, from the first step or from a checkpoint -------------------------------------------
@@ -1342,6 +1601,7 @@ def new_stage1(settings, dataset, device):
     else:
         state = start_stage1(settings, decoder, device)
         state.posenet = None
+    state.generator = own_stream(settings.seed, "stage 1")
     state.seconds = 0.0
     return state
 
@@ -1349,6 +1609,7 @@ def new_stage1(settings, dataset, device):
 def resume_stage1(settings, state, dataset, path, old, source):
     """Puts a checkpoint's weights, optimizer and random numbers into a new state."""
     same_settings(settings, old["settings"], STAGE1_GROUPS, path)
+    same_processes(old, path)
     # Row k of the embeddings is object k: other objects would wear the embeddings of these.
     if old["names"] != dataset.names:
         raise BadInput(f"{path} was trained on other objects than --data {source}")
@@ -1359,10 +1620,11 @@ def resume_stage1(settings, state, dataset, path, old, source):
     if state.posenet is not None:
         sample.restore(lambda: state.posenet, old["posenet"], path)
     state.optimizer.load_state_dict(old["optimizer"])
-    restore_randomness(state, old["random"])
+    own = of_this_process(old)
+    restore_randomness(state, own["random"])
     state.step = old["step"]
     state.seconds = old["seconds"]
-    state.order = old["order"]
+    state.order = own["order"]
 
 
 def turntable_view(dataset):
@@ -1427,6 +1689,7 @@ def run_stage1(settings, dataset, folder, device, source, resume=False):
     if goes_on:                                          # else the log has rows of stage 2 to keep
         means = None if old is None else old["log"]
         state.log = Log(folder, 1, state.step, settings.steps_stage1, settings.log_every, means)
+    tell(1, settings, device, source, folder, resume=old is not None)
     with telling_what_is_kept(path), data.finishing_steps() as stop, \
             sped_up(settings, state.autodecoder, device):
         learn_stage1(settings, dataset, state, features, folder, source, stop)
@@ -1444,6 +1707,15 @@ def keep_what_will_not_fit(settings, folder, old):
         keep_aside(folder, copied=RUN_FILES)
 
 
+def steps_of_stage1(settings, dataset, state, features):
+    """The loop that suits the data, on this process's share of each step's objects."""
+    settings = share_of(settings)
+    if state.posenet is not None:
+        return train_moving(settings, dataset, state, features, draw_coarse_to_fine)
+    return train_stage1(settings, dataset, state, features, draw_coarse_to_fine,
+                        render.render_skipping)
+
+
 def learn_stage1(settings, dataset, state, features, folder, source, stop):
     """The steps themselves, and what is written meanwhile; stop: see data.finishing_steps."""
     began = time.time() - state.seconds
@@ -1451,21 +1723,14 @@ def learn_stage1(settings, dataset, state, features, folder, source, stop):
     # at the beginning objects change fast.
     drawn_at = max(state.step, settings.log_every // 2)
     networks = [network for network in (state.autodecoder, state.posenet) if network is not None]
-    if state.posenet is not None:
-        steps = train_moving(settings, dataset, state, features, draw_coarse_to_fine)
-    else:
-        steps = train_stage1(settings, dataset, state, features, draw_coarse_to_fine,
-                             render.render_skipping)
-    for loss, error in steps:
+    for loss, error in steps_of_stage1(settings, dataset, state, features):
         state.seconds = time.time() - began
-        state.log.add(state.step, loss, error)
-        # Asked once: the signal may come between two looks, and nothing would have been saved.
-        stopping = stop.asked is not None
-        due = is_due(settings, state.step, settings.steps_stage1)
+        state.log.add(state.step, mean_of_all(loss), mean_of_all(error))
+        due, stopping = after_step(settings, state, settings.steps_stage1, stop)
         if due or stopping:
             save_stage1(settings, state, dataset, folder, source)
         if stopping:
-            return
+            raise data.Interrupted(stopping)
         if due or state.step >= 2 * drawn_at:
             # What goes wrong is seen here long before any number tells: empty pictures, objects
             # that are mirrored or upside down, fog around them.
@@ -1534,6 +1799,7 @@ def new_stage2(settings, latents, first, folder, device):
     torch.manual_seed(settings.seed)
     denoiser = diffusion.build_denoiser(settings, tuple(latents.shape[1:]), vocabulary)
     state = start_stage2(settings, latents, denoiser, device)
+    state.generator = own_stream(settings.seed, "stage 2")
     # Our own encoder is part of the denoiser, and learns with it. T5 is frozen and stands outside.
     if settings.text:
         state.encode = encode or denoiser.text
@@ -1547,13 +1813,14 @@ def new_stage2(settings, latents, first, folder, device):
 def resume_stage2(settings, state, path, old):
     """Puts a checkpoint's weights, optimizer and random numbers into a new state."""
     same_settings(settings, old["settings"], ("stage 2", "text"), path)
+    same_processes(old, path)
     # TRAP: m and s would be measured anew, on other latents, under weights that know the old ones.
     if old["decoder"] != state.decoder:
         raise BadInput(f"{path} was trained on another stage 1; run without --resume")
     sample.restore(lambda: state.model, old["model"], path)
     sample.restore(lambda: state.average, old["ema"], path)
     state.optimizer.load_state_dict(old["optimizer"])
-    restore_randomness(state, old["random"])
+    restore_randomness(state, of_this_process(old)["random"])
     state.step = old["step"]
     state.seconds = old["seconds"]
 
@@ -1603,6 +1870,7 @@ def run_stage2(settings, folder, device, resume=False, latents=None, given=(), d
         add_metrics(folder, settings, OF_SAMPLES)        # those of an older stage 2 go
     means = None if old is None else old["log"]
     state.log = Log(folder, 2, state.step, settings.steps_stage2, settings.log_every, means)
+    tell(2, settings, device, first["source"], folder, resume=old is not None)
     with telling_what_is_kept(path), data.finishing_steps() as stop, \
             sped_up(settings, state.model, device):
         learn_stage2(settings, state, folder, stop)
@@ -1610,19 +1878,23 @@ def run_stage2(settings, folder, device, resume=False, latents=None, given=(), d
                 peak_memory_gib_stage2=peak_memory_gib())
 
 
+def steps_of_stage2(settings, state):
+    """The loop with or without text, on this process's share of each step's latents."""
+    train = train_text if settings.text else train_stage2
+    return train(share_of(settings), state)
+
+
 def learn_stage2(settings, state, folder, stop):
     """The steps themselves, and what is written meanwhile; stop: see data.finishing_steps."""
-    train = train_text if settings.text else train_stage2
     began = time.time() - state.seconds
-    for loss in train(settings, state):
+    for loss in steps_of_stage2(settings, state):
         state.seconds = time.time() - began
-        state.log.add(state.step, loss)
-        stopping = stop.asked is not None
-        due = is_due(settings, state.step, settings.steps_stage2)
+        state.log.add(state.step, mean_of_all(loss))
+        due, stopping = after_step(settings, state, settings.steps_stage2, stop)
         if due or stopping:
             save_stage2(settings, state, folder)
         if stopping:
-            return
+            raise data.Interrupted(stopping)
         if due:
             plot_log(folder)
 
@@ -1756,6 +2028,7 @@ def check_resuming(args, settings):
         path = args.out / "stage1.pt"
         from_data = ("parts", "focal", "body")               # see fit_to_data
         same_settings(settings, first["settings"], STAGE1_GROUPS, path, from_data)
+        same_processes(first, path)
     if first is None or second is None or args.stage == 1:
         return
     # A stage 1 that goes on will have another stage 2.
@@ -1764,6 +2037,7 @@ def check_resuming(args, settings):
         from_text = ("context_dim",) if settings.t5 else ()
         path = args.out / "stage2.pt"
         same_settings(settings, second["settings"], ("stage 2", "text"), path, from_text)
+        same_processes(second, path)
 
 
 def stage2_goes_on(folder):
@@ -1911,6 +2185,7 @@ def parse(arguments=None):
     settings.betas = tuple(float(beta) for beta in settings.betas)    # Adam wants no whole numbers
     if learned and args.stage != 2:
         check_poses(settings)
+    check_processes(args, settings, learned)
     args.out = Path(args.out or default_out(args.preset, absolute_source(args.data)))
     return args, settings
 
@@ -1952,9 +2227,18 @@ def train_stages(args, settings, device):
 
 
 def main(arguments=None):
+    """What a process does: the first one all of it, the others their share."""
+    with together():
+        if rank() == 0:
+            run(arguments)
+        else:
+            assist()
+
+
+def run(arguments):
     """Reads the flags, checks what can be checked, and trains."""
     args, settings = parse(arguments)
-    device = sample.choose_device(args.device)
+    device = own_device(args.device)
     source = look_ahead(args, settings, device)
     with alone_in(args.out):
         check_resuming(args, settings)
@@ -1963,6 +2247,7 @@ def main(arguments=None):
     # A finished run that is only scored again has its training.png from before, or has lost it.
     pictures = [str(path) for path in dict.fromkeys(paths) if Path(path).exists()]
     print("look at " + ", ".join(pictures))
+    tell(None)
 
 
 if __name__ == "__main__":
