@@ -1336,80 +1336,83 @@ def sped_up(settings, network, device):
 
 # ---- Many GPUs, many machines --------------------------------------------------------------------
 #
-#     torchrun --nproc_per_node=4 train.py ...       with the flags of one process, and their meaning
+#     torchrun --nproc_per_node=4 train.py ...      all flags mean what they mean to one process
 #
-# torchrun starts the same program several times, a process for each GPU, and tells each of them in
-# its environment how many there are and which one it is. All have the same weights. Each draws its
-# share of a step's objects, from a random stream of its own; then torch's DistributedDataParallel
-# averages the gradients, so that all take the same step: that which one process would have taken
-# with all of these objects. Only batch norm differs on CPUs: see averaging.
+# torchrun starts this program four times, a process for each GPU, and tells each in its environment
+# which one it is. All have the same weights. Each draws its share of a step's objects, by a random
+# stream of its own, and torch's DistributedDataParallel averages the gradients of all: so all take
+# the same step, the one that a single process would take with all of these objects.
 #
-# The first process, rank 0, does what one process does alone, files and words and pictures. The
-# others help it with its steps (assist), and neither write nor speak. TRAP: each exchange between
-# them waits for all: were one skipped by somebody, all would wait for ever. So these are few:
+# The first process, rank 0, does what one alone would do, with all files, words and pictures. The
+# others help with the steps (assist), and neither write nor speak. TRAP: what is exchanged must be
+# exchanged by all, in the same order; whoever is left out of one, or comes to another, waits for
+# ever. So there are these and no others:
 #
-#     tell, told      before a stage: what is to be done
-#     averaging       in loss.backward()
-#     mean_of_all     after a step: its loss, for the log
-#     after_step      ... whether to stop; and what a checkpoint needs of each
+#     tell, told      before a stage, what it is: after all that may be refused
+#     averaging       the gradients, in loss.backward()
+#     mean_of_all     after a step, its loss, for the log
+#     after_step      then whether to stop, and what a checkpoint needs of each process
 #
-# SIMPLIFIED: every process holds all frames, and all machines see the same data and the same --out.
+# Where one ends, its connections close, and so all end. SIMPLIFIED: each process holds all frames,
+# or all latents; and all machines see the same data and the same --out.
 
 
 def processes():
-    """How many there are. Without torchrun, one: then nothing below does anything."""
+    """How many there are. One, without torchrun: then nothing below does anything."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank():
-    """Which of them this is, from 0 on."""
+    """The number of this process among them, from 0 on."""
     return int(os.environ.get("RANK", 0))
 
 
 def own_stream(seed, name):
-    """sample.stream of this process. The first one's is that of a process alone; were the others'
-    the same, all would learn from the same objects with the same noise, to no avail."""
+    """sample.stream, another one in each process: were they the same, all would learn the same from
+    the same objects. The first one has that of a process alone."""
     if rank() > 0:
         name = f"{name} rank {rank()}"
     return sample.stream(seed, name)
 
 
 def share_of(settings):
-    """The settings as a loop of this process needs them: its part of a step."""
+    """The settings for the loops: of each step, the part of this process. All parts are equal, or
+    the mean of their gradients would not be that of the objects."""
     return dataclasses.replace(
         settings, objects_per_step=settings.objects_per_step // processes(),
         batch_size=settings.batch_size // processes())
 
 
 def check_processes(args, settings, learned):
-    """What several processes cannot share; learned: whether cameras are."""
-    names = {1: ["objects_per_step"], 2: ["batch_size"], None: ["objects_per_step", "batch_size"]}
-    for name in names[args.stage]:
-        if getattr(settings, name) % processes():
-            raise BadInput(f"{flag(name)} {getattr(settings, name)} cannot be divided among "
-                           f"{processes()} processes")
-    # The pose network subtracts the mean of 2D points of all frames in a step: each process would
-    # have another one, and with it another idea of where the subject stands.
+    """Refuses what several processes cannot share; learned: whether cameras are learned."""
+    divided = []
+    if args.stage != 2:
+        divided.append("objects_per_step")
+    if args.stage != 1:
+        divided.append("batch_size")
+    for name in divided:
+        value = getattr(settings, name)
+        if value % processes():
+            raise BadInput(f"{flag(name)} {value} cannot be divided among {processes()} processes")
+    # The pose network takes 2D points from their mean over a step's frames, and keeps a running one
+    # (PoseNet.mean_points): each process would have means of its own.
     if processes() > 1 and learned and args.stage != 2:
-        raise BadInput("cameras are learned by one process alone: run it without torchrun; stage 2 "
-                       "may have several")
+        raise BadInput("cameras are learned by one process alone: run stage 1 without torchrun")
 
 
 def own_device(name):
-    """The device of this process: of a machine's GPUs, each process takes one of its own."""
-    device = sample.choose_device(name)
-    if processes() == 1 or torch.device(device).type != "cuda":
-        return device
-    here = int(os.environ["LOCAL_WORLD_SIZE"])
-    if device != "cuda":
-        raise BadInput(f"--device {name}: of several processes each takes a GPU of its own; say "
-                       "cuda")
-    if here > torch.cuda.device_count():
-        raise BadInput(f"torchrun --nproc_per_node={here}: but this machine has "
-                       f"{torch.cuda.device_count()} GPUs; as many processes, or --device cpu")
-    device = f"cuda:{os.environ['LOCAL_RANK']}"
-    torch.cuda.set_device(device)
-    return device
+    """sample.choose_device; of several processes on a machine with GPUs, each has its own one."""
+    if processes() > 1 and name.startswith("cuda:"):
+        raise BadInput(f"--device {name}: each process takes a GPU of its own; leave it out")
+    if processes() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        here = int(os.environ["LOCAL_WORLD_SIZE"])           # processes on this machine
+        gpus = torch.cuda.device_count()
+        if here > gpus:
+            raise BadInput(f"{here} processes, but this machine has only {gpus} GPUs: torchrun "
+                           f"--nproc_per_node={gpus}, or --device cpu")
+        name = "cuda:" + os.environ["LOCAL_RANK"]
+        torch.cuda.set_device(name)
+    return sample.choose_device(name)
 
 
 @contextlib.contextmanager
@@ -1418,44 +1421,47 @@ def together():
     if processes() == 1:
         yield
         return
-    data.STOP.start = (f"torchrun --nnodes={os.environ.get('GROUP_WORLD_SIZE', 1)} "
-                          f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', processes())}")
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # Others wait while the first one reads photos, draws and scores: patiently.
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    data.STOP.start = f"torchrun --nnodes={machines} --nproc_per_node={here}"
+    backend = "gloo"
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        backend = "cpu:gloo,cuda:nccl"
+    # A day: the others wait while the first one reads photos, draws and scores.
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     try:
         yield
     except RuntimeError as error:
-        # Who waits for a process that has ended hears of it: from gloo by words, from NCCL so.
+        # How one that waits hears that another has ended: of gloo by words alone.
         if not isinstance(error, dist.DistError) and "peer" not in str(error):
             raise
         if rank() > 0:
-            sys.exit(1)                                  # the first one has said what was wrong
-        raise BadInput("another process of this run has ended, see what it said; go on with "
+            sys.exit(1)                                      # the first one says why
+        raise BadInput("another process of this run has ended, and this one with it; go on with "
                        "--resume from what was saved") from None
     except data.Interrupted as interrupted:
         if rank() == 0:
             raise
-        sys.exit(128 + interrupted.number)               # as above
+        sys.exit(128 + interrupted.number)                   # as above
     dist.destroy_process_group()
 
 
 def tell(stage, settings=None, device="cpu", source="", folder="", resume=False):
-    """What the others are to do next, said by the first: a stage of these; None: nothing more."""
+    """The first process tells the others what comes next; stage None: nothing more."""
     if processes() > 1:
         kind = torch.device(device).type
         dist.broadcast_object_list([(stage, settings, kind, source, folder, resume)])
 
 
 def told():
-    """What the first process tells the others."""
+    """What the first process tells: waits for it."""
     box = [None]
     dist.broadcast_object_list(box)
     return box[0]
 
 
 class Learner(torch.nn.Module):
-    """What DistributedDataParallel asks for: all weights of a network, and its forward."""
+    """What DistributedDataParallel wants: a network's weights, and what is to be called."""
 
     def __init__(self, network, forward):
         super().__init__()
@@ -1464,25 +1470,24 @@ class Learner(torch.nn.Module):
 
 
 def averaging(network, forward, device):
-    """A network's forward, after which loss.backward() gives each weight the mean gradient of all
-    processes.
+    """forward, after which loss.backward() gives each weight of the network the mean gradient of
+    all processes.
 
-    It gives it to weights of the network that are reached in other ways, too, as are those of the
-    text encoder: each is sent on its way when its gradient is complete, wherever that came from.
+    Each weight, however the loss came to depend on it: also those of the text encoder, which is
+    called by itself. What is averaged are gradients as they arrive at weights.
     """
     if torch.device(device).type == "cuda":
-        # Batch norm then measures all objects of the step. On CPUs torch has no such thing: each
-        # process measures its own share, and the first one's running means go into the file.
+        # Batch norm then measures the objects of all processes. On CPUs torch cannot do that: each
+        # measures its own share, and what the first one measures is kept for sampling.
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    # TRAP: sheets are drawn by the first process alone. Were buffers sent around in each forward,
-    # it would wait for the others there, and they for it at the next step.
+    # TRAP: with it, each forward would exchange buffers; but sheets are drawn by the first alone.
     learner = torch.nn.parallel.DistributedDataParallel(
         Learner(network, forward), forward_sync_buffers=False)
-    return lambda *inputs: learner(*inputs)                  # itself, it would become a part of it
+    return lambda *inputs: learner(*inputs)                  # a module would become a part of it
 
 
 def mean_of_all(number):
-    """A number that each process measured, () on its device -> the mean."""
+    """A number () that each process has measured, on its device -> the mean."""
     if processes() == 1:
         return number
     total = number.clone()
@@ -1491,17 +1496,17 @@ def mean_of_all(number):
 
 
 def after_step(settings, state, steps, stop):
-    """All processes ask each other -> whether a checkpoint is due, and by which signal to stop, 0
-    for none. Then state.others is what it keeps of the others.
+    """What all do next -> whether a checkpoint is due; the signal by which to stop, or 0.
 
-    Asked once: the signal may come between two looks, and nothing would have been saved.
+    stop.asked is looked at once: the signal may come between two looks, and nothing would have been
+    saved. All processes get it, each in some step of its own (torchrun passes it on, and waits 30
+    seconds: --shutdown-timeout); the first to see it stops all after the same step.
     """
     due = is_due(settings, state.step, steps)
     asked = stop.asked or 0
     if processes() == 1:
         return due, asked
-    # All get the signal, each in some step of its own; all must stop after the same.
-    asked_of_any = torch.tensor(asked)                       # on the CPU: no GPU is waited for
+    asked_of_any = torch.tensor(asked)                       # on the CPU: it waits for no GPU
     dist.all_reduce(asked_of_any, dist.ReduceOp.MAX)
     asked = int(asked_of_any)
     if due or asked:
@@ -1510,8 +1515,8 @@ def after_step(settings, state, steps, stop):
 
 
 def gather_others(state):
-    """Where random numbers stand in every process but the first, and, of stage 1, which objects
-    are still to come: without it, each would begin anew after --resume."""
+    """What a checkpoint keeps of every process but the first: its random numbers and, of stage 1,
+    the objects whose turn is still to come."""
     own = {"random": randomness(state), "order": getattr(state, "order", None)}
     of_all = [None] * processes()
     dist.all_gather_object(of_all, own)
@@ -1519,23 +1524,24 @@ def gather_others(state):
 
 
 def same_processes(old, path):
-    """Resuming needs as many processes as have saved a checkpoint: each has random numbers there."""
-    saved_by = 1 + len(old.get("others", []))
-    if saved_by != processes():
-        raise BadInput(f"{path} was trained by {saved_by} processes, but here are {processes()}; "
-                       f"go on with torchrun --nproc_per_node={saved_by}, or start anew with "
-                       "another --out")
+    """Refuses to go on from a checkpoint of more processes, or fewer: it has random numbers for as
+    many as there were."""
+    n = 1 + len(old.get("others", []))                       # none in those of one process
+    if n != processes():
+        trained_by = f"{n} processes" if n > 1 else "1 process"
+        raise BadInput(f"{path} was trained by {trained_by}, not {processes()}; go on with "
+                       f"torchrun --nproc_per_node={n}, or start anew with another --out")
 
 
 def of_this_process(old):
-    """The random numbers of this process in a checkpoint: "random" and "order"."""
+    """The part of a checkpoint that has this process's own "random" and "order"."""
     if rank() == 0:
         return old
     return old["others"][rank() - 1]
 
 
 def assist():
-    """What every process but the first does: its share of the steps."""
+    """What every process but the first does: its share of each stage."""
     while True:
         stage, settings, kind, source, folder, resume = told()
         if stage is None:
@@ -1548,8 +1554,9 @@ def assist():
 
 
 def assist_stage1(settings, device, source, folder, resume):
-    """run_stage1 and learn_stage1, but for what they write."""
-    dataset = data.load_for(settings, source)
+    """run_stage1 and learn_stage1 without a word."""
+    with contextlib.redirect_stdout(io.StringIO()):          # how long it takes, the first one says
+        dataset = data.load_for(settings, source)
     features = autodecoder.build_features(settings.perceptual, device)
     state = new_stage1(settings, dataset, device)
     state.portraits = sample.portraits(dataset)
@@ -1566,7 +1573,7 @@ def assist_stage1(settings, device, source, folder, resume):
 
 
 def assist_stage2(settings, device, folder, resume):
-    """run_stage2 and learn_stage2, but for what they write."""
+    """run_stage2 and learn_stage2 without a word; both files are there, of the first process."""
     first = sample.load_checkpoint(folder, 1)
     trained = sample.open_run(folder, device, stages=(1,))
     latents = sample.training_latents(trained.autodecoder, len(trained.names))
@@ -2227,15 +2234,15 @@ def train_stages(args, settings, device):
 
 
 def main(arguments=None):
-    """What a process does: the first one all of it, the others their share."""
+    """Trains. Of many processes the first one leads: see "Many GPUs, many machines"."""
     with together():
         if rank() == 0:
-            run(arguments)
+            lead(arguments)
         else:
             assist()
 
 
-def run(arguments):
+def lead(arguments):
     """Reads the flags, checks what can be checked, and trains."""
     args, settings = parse(arguments)
     device = own_device(args.device)
