@@ -301,7 +301,8 @@ def check_number(name, value, bounds):
 #     waits   whether a loop is running that looks at `asked` after each step
 #     asked   the number of the signal that came meanwhile, or None
 #     saved   what can be gone on from, in words; "" where nothing can
-STOP = SimpleNamespace(waits=False, asked=None, saved="")
+#     start   what a program is started with
+STOP = SimpleNamespace(waits=False, asked=None, saved="", start="python")
 
 
 def on_signal(number, frame):
@@ -433,7 +434,7 @@ def stopped(number):
     line = f"stopped by {name}"
     if STOP.saved and Path(sys.argv[0]).name == "train.py":      # others have no --resume
         command = sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"]
-        line += f"; {STOP.saved}; go on with: python {shlex.join(command)}"
+        line += f"; {STOP.saved}; go on with: {STOP.start} {shlex.join(command)}"
     print(line, file=sys.stderr)
     sys.exit(128 + number)                     # as shells say it
 

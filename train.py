@@ -230,6 +230,7 @@ def learn(settings, folder, device="cpu"):
 #     text                      a loop of its own: the denoiser hears captions
 #     log, saving, resuming     what is left of a run, and how it goes on
 #     one run in a folder       nobody else writes there, and nothing is replaced without a word
+#     many GPUs, many machines  each takes a share of every step
 #     stage 1, stage 2          the loops with all of this around them
 #     looking ahead             what can be known before the data is read; then the command line
 #
@@ -238,6 +239,7 @@ def learn(settings, folder, device="cpu"):
 # first: branches for every kind of data in one loop would hide the method from all of them.
 import contextlib  # noqa: E402
 import csv  # noqa: E402
+import datetime  # noqa: E402
 import hashlib  # noqa: E402
 import io  # noqa: E402
 import itertools  # noqa: E402
@@ -250,6 +252,7 @@ import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import matplotlib  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
 from data import BadInput  # noqa: E402
 
@@ -1133,9 +1136,16 @@ def for_resuming(state):
     The loops draw from the state's own generator; what draws without one (weights of new modules,
     the noise of PoseNet.split) uses torch's, which is "global".
     """
-    random = {"generator": state.generator.get_state(), "global": torch.get_rng_state()}
-    return {"optimizer": state.optimizer.state_dict(), "random": random, "seconds": state.seconds,
-            "log": state.log.means()}
+    saved = {"optimizer": state.optimizer.state_dict(), "random": randomness(state),
+             "seconds": state.seconds, "log": state.log.means()}
+    if processes() > 1:
+        saved["others"] = state.others                       # see gather_others
+    return saved
+
+
+def randomness(state):
+    """Where a process's random numbers stand."""
+    return {"generator": state.generator.get_state(), "global": torch.get_rng_state()}
 
 
 def restore_randomness(state, saved):
@@ -1321,11 +1331,267 @@ def sped_up(settings, network, device):
             answer = forward(*arguments)
         return answer.float()
 
-    network.forward = in_bf16 if settings.precision == "bf16" else forward
+    inner = in_bf16 if settings.precision == "bf16" else forward
+    network.forward = inner if processes() == 1 else averaging(network, inner, device)
     try:
         yield
     finally:
         del network.forward                              # the class's own is back
+
+
+# ---- Many GPUs, many machines --------------------------------------------------------------------
+#
+#     torchrun --nproc_per_node=4 train.py ...      all flags mean what they mean to one process
+#
+# torchrun starts this program four times, a process for each GPU, and tells each in its environment
+# which one it is. All have the same weights. Each draws its share of a step's objects, by a random
+# stream of its own, and torch's DistributedDataParallel averages the gradients of all: so all take
+# the same step, the one that a single process would take with all of these objects.
+#
+# The first process, rank 0, does what one alone would do, with all files, words and pictures. The
+# others help with the steps (assist), and neither write nor speak. TRAP: what is exchanged must be
+# exchanged by all, in the same order; whoever is left out of one, or comes to another, waits for
+# ever. So there are these and no others:
+#
+#     tell, told      before a stage, what it is: after all that may be refused
+#     averaging       the gradients, in loss.backward()
+#     mean_of_all     after a step, its loss, for the log
+#     after_step      then whether to stop, and what a checkpoint needs of each process
+#
+# Where one ends, its connections close, and so all end. SIMPLIFIED: each process holds all frames,
+# or all latents; and all machines see the same data and the same --out.
+
+
+def processes():
+    """How many there are. One, without torchrun: then nothing below does anything."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank():
+    """The number of this process among them, from 0 on."""
+    return int(os.environ.get("RANK", 0))
+
+
+def own_stream(seed, name):
+    """sample.stream, another one in each process: were they the same, all would learn the same from
+    the same objects. The first one has that of a process alone."""
+    if rank() > 0:
+        name = f"{name} rank {rank()}"
+    return sample.stream(seed, name)
+
+
+def share_of(settings):
+    """The settings for the loops: of each step, the part of this process. All parts are equal, or
+    the mean of their gradients would not be that of the objects."""
+    return dataclasses.replace(
+        settings, objects_per_step=settings.objects_per_step // processes(),
+        batch_size=settings.batch_size // processes())
+
+
+def check_processes(args, settings, learned):
+    """Refuses what several processes cannot share; learned: whether cameras are learned."""
+    divided = []
+    if args.stage != 2:
+        divided.append("objects_per_step")
+    if args.stage != 1:
+        divided.append("batch_size")
+    for name in divided:
+        value = getattr(settings, name)
+        if value % processes():
+            raise BadInput(f"{flag(name)} {value} cannot be divided among {processes()} processes")
+    # The pose network takes 2D points from their mean over a step's frames, and keeps a running one
+    # (PoseNet.mean_points): each process would have means of its own.
+    if processes() > 1 and learned and args.stage != 2:
+        raise BadInput("cameras are learned by one process alone: run stage 1 without torchrun")
+
+
+def own_device(name):
+    """sample.choose_device; of several processes on a machine with GPUs, each has its own one."""
+    if processes() > 1 and name.startswith("cuda:"):
+        raise BadInput(f"--device {name}: each process takes a GPU of its own; leave it out")
+    if processes() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        here = int(os.environ["LOCAL_WORLD_SIZE"])           # processes on this machine
+        gpus = torch.cuda.device_count()
+        if here > gpus:
+            raise BadInput(f"{here} processes, but this machine has only {gpus} GPUs: torchrun "
+                           f"--nproc_per_node={gpus}, or --device cpu")
+        name = "cuda:" + os.environ["LOCAL_RANK"]
+        torch.cuda.set_device(name)
+    return sample.choose_device(name)
+
+
+@contextlib.contextmanager
+def together():
+    """Around a whole run: the processes meet, and part."""
+    if processes() == 1:
+        yield
+        return
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    data.STOP.start = f"torchrun --nnodes={machines} --nproc_per_node={here}"
+    backend = "gloo"
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        backend = "cpu:gloo,cuda:nccl"
+    # A day: the others wait while the first one reads photos, draws and scores.
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    try:
+        yield
+    except RuntimeError as error:
+        # How one that waits hears that another has ended: of gloo by words alone.
+        if not isinstance(error, dist.DistError) and "peer" not in str(error):
+            raise
+        if rank() > 0:
+            sys.exit(1)                                      # the first one says why
+        raise BadInput("another process of this run has ended, and this one with it; go on with "
+                       "--resume from what was saved") from None
+    except data.Interrupted as interrupted:
+        if rank() == 0:
+            raise
+        sys.exit(128 + interrupted.number)                   # as above
+    dist.destroy_process_group()
+
+
+def tell(stage, settings=None, device="cpu", source="", folder="", resume=False):
+    """The first process tells the others what comes next; stage None: nothing more."""
+    if processes() > 1:
+        kind = torch.device(device).type
+        dist.broadcast_object_list([(stage, settings, kind, source, folder, resume)])
+
+
+def told():
+    """What the first process tells: waits for it."""
+    box = [None]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+class Learner(torch.nn.Module):
+    """What DistributedDataParallel wants: a network's weights, and what is to be called."""
+
+    def __init__(self, network, forward):
+        super().__init__()
+        self.network = network
+        self.forward = forward
+
+
+def averaging(network, forward, device):
+    """forward, after which loss.backward() gives each weight of the network the mean gradient of
+    all processes.
+
+    Each weight, however the loss came to depend on it: also those of the text encoder, which is
+    called by itself. What is averaged are gradients as they arrive at weights.
+    """
+    if torch.device(device).type == "cuda":
+        # Batch norm then measures the objects of all processes. On CPUs torch cannot do that: each
+        # measures its own share, and what the first one measures is kept for sampling.
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    # TRAP: with it, each forward would exchange buffers; but sheets are drawn by the first alone.
+    learner = torch.nn.parallel.DistributedDataParallel(
+        Learner(network, forward), forward_sync_buffers=False)
+    return lambda *inputs: learner(*inputs)                  # a module would become a part of it
+
+
+def mean_of_all(number):
+    """A number () that each process has measured, on its device -> the mean."""
+    if processes() == 1:
+        return number
+    total = number.clone()
+    dist.all_reduce(total)
+    return total / processes()
+
+
+def after_step(settings, state, steps, stop):
+    """What all do next -> whether a checkpoint is due; the signal by which to stop, or 0.
+
+    stop.asked is looked at once: the signal may come between two looks, and nothing would have been
+    saved. All processes get it, each in some step of its own (torchrun passes it on, and waits 30
+    seconds: --shutdown-timeout); the first to see it stops all after the same step.
+    """
+    due = is_due(settings, state.step, steps)
+    asked = stop.asked or 0
+    if processes() == 1:
+        return due, asked
+    asked_of_any = torch.tensor(asked)                       # on the CPU: it waits for no GPU
+    dist.all_reduce(asked_of_any, dist.ReduceOp.MAX)
+    asked = int(asked_of_any)
+    if due or asked:
+        state.others = gather_others(state)
+    return due, asked
+
+
+def gather_others(state):
+    """What a checkpoint keeps of every process but the first: its random numbers and, of stage 1,
+    the objects whose turn is still to come."""
+    own = {"random": randomness(state), "order": getattr(state, "order", None)}
+    of_all = [None] * processes()
+    dist.all_gather_object(of_all, own)
+    return of_all[1:]
+
+
+def same_processes(old, path):
+    """Refuses to go on from a checkpoint of more processes, or fewer: it has random numbers for as
+    many as there were."""
+    n = 1 + len(old.get("others", []))                       # none in those of one process
+    if n != processes():
+        trained_by = f"{n} processes" if n > 1 else "1 process"
+        raise BadInput(f"{path} was trained by {trained_by}, not {processes()}; go on with "
+                       f"torchrun --nproc_per_node={n}, or start anew with another --out")
+
+
+def of_this_process(old):
+    """The part of a checkpoint that has this process's own "random" and "order"."""
+    if rank() == 0:
+        return old
+    return old["others"][rank() - 1]
+
+
+def assist():
+    """What every process but the first does: its share of each stage."""
+    while True:
+        stage, settings, kind, source, folder, resume = told()
+        if stage is None:
+            return
+        device = own_device(kind)
+        if stage == 1:
+            assist_stage1(settings, device, source, folder, resume)
+        else:
+            assist_stage2(settings, device, folder, resume)
+
+
+def assist_stage1(settings, device, source, folder, resume):
+    """run_stage1 and learn_stage1 without a word."""
+    with contextlib.redirect_stdout(io.StringIO()):          # how long it takes, the first one says
+        dataset = data.load_for(settings, source)
+    features = autodecoder.build_features(settings.perceptual, device)
+    state = new_stage1(settings, dataset, device)
+    state.portraits = sample.portraits(dataset)
+    if resume:
+        old = sample.load_checkpoint(folder, 1, resume=True)
+        resume_stage1(settings, state, dataset, folder / "stage1.pt", old, source)
+    with data.finishing_steps() as stop, sped_up(settings, state.autodecoder, device):
+        for loss, error in steps_of_stage1(settings, dataset, state, features):
+            mean_of_all(loss)
+            mean_of_all(error)
+            _, stopping = after_step(settings, state, settings.steps_stage1, stop)
+            if stopping:
+                raise data.Interrupted(stopping)
+
+
+def assist_stage2(settings, device, folder, resume):
+    """run_stage2 and learn_stage2 without a word; both files are there, of the first process."""
+    first = sample.load_checkpoint(folder, 1)
+    trained = sample.open_run(folder, device, stages=(1,))
+    latents = sample.training_latents(trained.autodecoder, len(trained.names))
+    settings, state = new_stage2(settings, latents, first, folder, device)
+    if resume:
+        old = sample.load_checkpoint(folder, 2, resume=True)
+        resume_stage2(settings, state, folder / "stage2.pt", old)
+    with data.finishing_steps() as stop, sped_up(settings, state.model, device):
+        for loss in steps_of_stage2(settings, state):
+            mean_of_all(loss)
+            _, stopping = after_step(settings, state, settings.steps_stage2, stop)
+            if stopping:
+                raise data.Interrupted(stopping)
 
 
 # ---- Stage 1, from the first step or from a checkpoint -------------------------------------------
@@ -1347,6 +1613,7 @@ def new_stage1(settings, dataset, device):
     else:
         state = start_stage1(settings, decoder, device)
         state.posenet = None
+    state.generator = own_stream(settings.seed, "stage 1")
     state.seconds = 0.0
     return state
 
@@ -1354,6 +1621,7 @@ def new_stage1(settings, dataset, device):
 def resume_stage1(settings, state, dataset, path, old, source):
     """Puts a checkpoint's weights, optimizer and random numbers into a new state."""
     same_settings(settings, old["settings"], STAGE1_GROUPS, path)
+    same_processes(old, path)
     # Row k of the embeddings is object k: other objects would wear the embeddings of these.
     if old["names"] != dataset.names:
         raise BadInput(f"{path} was trained on other objects than --data {source}")
@@ -1364,10 +1632,11 @@ def resume_stage1(settings, state, dataset, path, old, source):
     if state.posenet is not None:
         sample.restore(lambda: state.posenet, old["posenet"], path)
     state.optimizer.load_state_dict(old["optimizer"])
-    restore_randomness(state, old["random"])
+    own = of_this_process(old)
+    restore_randomness(state, own["random"])
     state.step = old["step"]
     state.seconds = old["seconds"]
-    state.order = old["order"]
+    state.order = own["order"]
 
 
 def turntable_view(dataset):
@@ -1432,6 +1701,7 @@ def run_stage1(settings, dataset, folder, device, source, resume=False):
     if goes_on:                                          # else the log has rows of stage 2 to keep
         means = None if old is None else old["log"]
         state.log = Log(folder, 1, state.step, settings.steps_stage1, settings.log_every, means)
+    tell(1, settings, device, source, folder, resume=old is not None)
     with telling_what_is_kept(path), data.finishing_steps() as stop, \
             sped_up(settings, state.autodecoder, device):
         learn_stage1(settings, dataset, state, features, folder, source, stop)
@@ -1449,6 +1719,15 @@ def keep_what_will_not_fit(settings, folder, old):
         keep_aside(folder, copied=RUN_FILES)
 
 
+def steps_of_stage1(settings, dataset, state, features):
+    """The loop that suits the data, on this process's share of each step's objects."""
+    settings = share_of(settings)
+    if state.posenet is not None:
+        return train_moving(settings, dataset, state, features, draw_coarse_to_fine)
+    return train_stage1(settings, dataset, state, features, draw_coarse_to_fine,
+                        render.render_skipping)
+
+
 def learn_stage1(settings, dataset, state, features, folder, source, stop):
     """The steps themselves, and what is written meanwhile; stop: see data.finishing_steps."""
     began = time.time() - state.seconds
@@ -1456,21 +1735,14 @@ def learn_stage1(settings, dataset, state, features, folder, source, stop):
     # at the beginning objects change fast.
     drawn_at = max(state.step, settings.log_every // 2)
     networks = [network for network in (state.autodecoder, state.posenet) if network is not None]
-    if state.posenet is not None:
-        steps = train_moving(settings, dataset, state, features, draw_coarse_to_fine)
-    else:
-        steps = train_stage1(settings, dataset, state, features, draw_coarse_to_fine,
-                             render.render_skipping)
-    for loss, error in steps:
+    for loss, error in steps_of_stage1(settings, dataset, state, features):
         state.seconds = time.time() - began
-        state.log.add(state.step, loss, error)
-        # Asked once: the signal may come between two looks, and nothing would have been saved.
-        stopping = stop.asked is not None
-        due = is_due(settings, state.step, settings.steps_stage1)
+        state.log.add(state.step, mean_of_all(loss), mean_of_all(error))
+        due, stopping = after_step(settings, state, settings.steps_stage1, stop)
         if due or stopping:
             save_stage1(settings, state, dataset, folder, source)
         if stopping:
-            return
+            raise data.Interrupted(stopping)
         if due or state.step >= 2 * drawn_at:
             # What goes wrong is seen here long before any number tells: empty pictures, objects
             # that are mirrored or upside down, fog around them.
@@ -1539,6 +1811,7 @@ def new_stage2(settings, latents, first, folder, device):
     torch.manual_seed(settings.seed)
     denoiser = diffusion.build_denoiser(settings, tuple(latents.shape[1:]), vocabulary)
     state = start_stage2(settings, latents, denoiser, device)
+    state.generator = own_stream(settings.seed, "stage 2")
     # Our own encoder is part of the denoiser, and learns with it. T5 is frozen and stands outside.
     if settings.text:
         state.encode = encode or denoiser.text
@@ -1552,13 +1825,14 @@ def new_stage2(settings, latents, first, folder, device):
 def resume_stage2(settings, state, path, old):
     """Puts a checkpoint's weights, optimizer and random numbers into a new state."""
     same_settings(settings, old["settings"], ("stage 2", "text"), path)
+    same_processes(old, path)
     # TRAP: m and s would be measured anew, on other latents, under weights that know the old ones.
     if old["decoder"] != state.decoder:
         raise BadInput(f"{path} was trained on another stage 1; run without --resume")
     sample.restore(lambda: state.model, old["model"], path)
     sample.restore(lambda: state.average, old["ema"], path)
     state.optimizer.load_state_dict(old["optimizer"])
-    restore_randomness(state, old["random"])
+    restore_randomness(state, of_this_process(old)["random"])
     state.step = old["step"]
     state.seconds = old["seconds"]
 
@@ -1608,6 +1882,7 @@ def run_stage2(settings, folder, device, resume=False, latents=None, given=(), d
         add_metrics(folder, settings, OF_SAMPLES)        # those of an older stage 2 go
     means = None if old is None else old["log"]
     state.log = Log(folder, 2, state.step, settings.steps_stage2, settings.log_every, means)
+    tell(2, settings, device, first["source"], folder, resume=old is not None)
     with telling_what_is_kept(path), data.finishing_steps() as stop, \
             sped_up(settings, state.model, device):
         learn_stage2(settings, state, folder, stop)
@@ -1615,19 +1890,23 @@ def run_stage2(settings, folder, device, resume=False, latents=None, given=(), d
                 peak_memory_gib_stage2=peak_memory_gib())
 
 
+def steps_of_stage2(settings, state):
+    """The loop with or without text, on this process's share of each step's latents."""
+    train = train_text if settings.text else train_stage2
+    return train(share_of(settings), state)
+
+
 def learn_stage2(settings, state, folder, stop):
     """The steps themselves, and what is written meanwhile; stop: see data.finishing_steps."""
-    train = train_text if settings.text else train_stage2
     began = time.time() - state.seconds
-    for loss in train(settings, state):
+    for loss in steps_of_stage2(settings, state):
         state.seconds = time.time() - began
-        state.log.add(state.step, loss)
-        stopping = stop.asked is not None
-        due = is_due(settings, state.step, settings.steps_stage2)
+        state.log.add(state.step, mean_of_all(loss))
+        due, stopping = after_step(settings, state, settings.steps_stage2, stop)
         if due or stopping:
             save_stage2(settings, state, folder)
         if stopping:
-            return
+            raise data.Interrupted(stopping)
         if due:
             plot_log(folder)
 
@@ -1761,6 +2040,7 @@ def check_resuming(args, settings):
         path = args.out / "stage1.pt"
         from_data = ("parts", "focal", "body")               # see fit_to_data
         same_settings(settings, first["settings"], STAGE1_GROUPS, path, from_data)
+        same_processes(first, path)
     if first is None or second is None or args.stage == 1:
         return
     # A stage 1 that goes on will have another stage 2.
@@ -1769,6 +2049,7 @@ def check_resuming(args, settings):
         from_text = ("context_dim",) if settings.t5 else ()
         path = args.out / "stage2.pt"
         same_settings(settings, second["settings"], ("stage 2", "text"), path, from_text)
+        same_processes(second, path)
 
 
 def stage2_goes_on(folder):
@@ -1917,6 +2198,7 @@ def parse(arguments=None):
     settings.betas = tuple(float(beta) for beta in settings.betas)    # Adam wants no whole numbers
     if learned and args.stage != 2:
         check_poses(settings)
+    check_processes(args, settings, learned)
     args.out = Path(args.out or default_out(args.preset, absolute_source(args.data)))
     return args, settings
 
@@ -1958,9 +2240,18 @@ def train_stages(args, settings, device):
 
 
 def main(arguments=None):
+    """Trains. Of many processes the first one leads: see "Many GPUs, many machines"."""
+    with together():
+        if rank() == 0:
+            lead(arguments)
+        else:
+            assist()
+
+
+def lead(arguments):
     """Reads the flags, checks what can be checked, and trains."""
     args, settings = parse(arguments)
-    device = sample.choose_device(args.device)
+    device = own_device(args.device)
     source = look_ahead(args, settings, device)
     with alone_in(args.out):
         check_resuming(args, settings)
@@ -1969,6 +2260,7 @@ def main(arguments=None):
     # A finished run that is only scored again has its training.png from before, or has lost it.
     pictures = [str(path) for path in dict.fromkeys(paths) if Path(path).exists()]
     print("look at " + ", ".join(pictures))
+    tell(None)
 
 
 if __name__ == "__main__":

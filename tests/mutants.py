@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = ["render", "data", "autodecoder", "normalize", "diffusion", "sample", "train"]
 # Tests of a module: its own file is enough for all of them.
 TESTS = {name: [f"tests/test_{name}.py"] for name in FILES}
+TESTS["train"].append("tests/test_many.py")
 SECONDS = 1800                               # a mutant that hangs counts as caught after that long
 
 # Wrong lines that a tired programmer could have written: all of them run, and all matter.
@@ -318,7 +319,7 @@ MUTANTS = [
     ("train", 'for name in fields_of(*groups) + ["seed"]:', "for name in fields_of(*groups):"),
     ("train", 'same_settings(settings, old["settings"], STAGE1_GROUPS, path)',
      'same_settings(settings, old["settings"], ("stage 1",), path)'),
-    ("train", 'state.order = old["order"]', "state.order = state.order[:0]"),
+    ("train", 'state.order = own["order"]', "state.order = state.order[:0]"),
     ("train", "frames = dataset.frames_of(0, heldout=False)", "frames = dataset.frames_of(0)"),
     ("train", "state, features, draw_coarse_to_fine,\n", "state, features, draw_photos,\n"),
     ("train", "render.render_skipping)", "render.render)"),
@@ -336,6 +337,25 @@ MUTANTS = [
     ("train", "both = args.stage is None and n_objects > 1", "both = args.stage is None"),
     ("train", "first_sampling(settings, args.out, device)",
      'first_sampling(settings, args.out, "cpu")'),
+    # ... and many processes
+    ("train", "network.forward = inner if processes() == 1 else averaging(network, inner, device)",
+     "network.forward = inner"),
+    ("train", 'name = f"{name} rank {rank()}"', 'name = f"{name}"'),
+    ("train", "objects_per_step=settings.objects_per_step // processes()",
+     "objects_per_step=settings.objects_per_step"),
+    ("train", "batch_size=settings.batch_size // processes()", "batch_size=settings.batch_size"),
+    ("train", "if value % processes():", "if value < processes():"),
+    ("train", 'name = "cuda:" + os.environ["LOCAL_RANK"]', 'name = "cuda:" + os.environ["RANK"]'),
+    ("train", "Learner(network, forward), forward_sync_buffers=False)",
+     "Learner(network, forward))"),
+    ("train", "return total / processes()", "return total"),
+    ("train", "dist.all_reduce(asked_of_any, dist.ReduceOp.MAX)",
+     "dist.broadcast(asked_of_any, 0)"),
+    ("train", "    if due or asked:\n        state.others", "    if due:\n        state.others"),
+    ("train", 'return old["others"][rank() - 1]', "return old"),
+    ("train", "if n != processes():", "if n > processes():"),
+    ("train", "if rank() == 0:\n            raise\n", "if rank() >= 0:\n            raise\n"),
+    ("train", "if rank() > 0:\n            sys.exit(1)", "if rank() < 0:\n            sys.exit(1)"),
 ]
 
 
