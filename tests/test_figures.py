@@ -155,8 +155,10 @@ def test_what_is_shown_normalized_is_the_latents_with_ten_extreme_numbers():
 def test_latents_are_those_of_all_training_objects(trained):
     numbers = figures.normalization_numbers(trained)
     with torch.no_grad():
-        one_by_one = [trained.autodecoder.decode_latent(trained.autodecoder.embed(torch.tensor([k])))
-                      for k in range(3)]
+        one_by_one = []
+        for k in range(3):
+            e = trained.autodecoder.embed(torch.tensor([k]))
+            one_by_one.append(trained.autodecoder.decode_latent(e))
     torch.testing.assert_close(numbers.latents, torch.cat(one_by_one))
 
 

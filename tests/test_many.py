@@ -314,7 +314,8 @@ def test_a_checkpoint_from_before_there_were_many_is_of_one(as_two):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--preset micro --objects-per-step 3", "--objects-per-step 3 cannot be divided among 2 processes"),
+    ("--preset micro --objects-per-step 3",
+     "--objects-per-step 3 cannot be divided among 2 processes"),
     ("--preset micro --batch-size 5", "--batch-size 5 cannot be divided among 2 processes"),
     ("--cameras learned", "cameras are learned by one process alone")])
 def test_what_two_cannot_share_is_refused(flags, says, as_two):
