@@ -3398,10 +3398,10 @@ def read_about(folder):
     path = Path(folder) / ABOUT
     try:
         about = json.loads(read_text(path, most=2 ** 30))
-        is_whole = about["own_hash"] == hash_of_plain(about)
+        is_sealed = about["own_hash"] == hash_of_plain(about)
     except FAULTS:
-        is_whole = False
-    if not is_whole:
+        is_sealed = False
+    if not is_sealed:
         raise BadInput(f"{path}: this cache is cut or changed; {write_anew(folder)}")
     if about["format"] != FORMAT:
         raise BadInput(f"{path}: a cache of another version; {write_anew(folder, about['source'])}")
@@ -3423,12 +3423,13 @@ def load_cache(folder, reading, holdout, objects):
     check_same_reading(folder, about, reading)
     chosen = choose(found_in(about), objects, folder)
     path = folder / FRAMES
-    if not path.is_file() or hash_of(path) != about["frames_hash"]:
+    arrays = list_arrays(about["views"], reading.size)
+    if not is_whole(path, arrays, about["frames_hash"]):
         raise BadInput(f"{path}: this cache is cut or changed; "
                        f"{write_anew(folder, about['source'])}")
     views = torch.tensor(about["views"])
-    arrays, mapped = map_arrays(path, list_arrays(about["views"], reading.size))
-    rgba, cam2world, intrinsics, known_portraits = arrays
+    tensors, mapped = map_arrays(path, arrays)
+    rgba, cam2world, intrinsics, known_portraits = tensors
     numbers = [one.origin for one in chosen]             # k of those that are wanted
     if len(chosen) < len(views):
         # Copies, in memory: whoever names objects names a few.
@@ -3444,6 +3445,12 @@ def load_cache(folder, reading, holdout, objects):
         captions=captions, layout=about["layout"], skipped=about["skipped"],
         remarks=about["remarks"], moving=about["moving"],
         known_portraits=known_portraits[numbers], mapped=mapped)
+
+
+def is_whole(path, arrays, its_hash):
+    """Whether frames.cache is as it was written. Its size is asked first: nobody reads 1 TiB."""
+    n_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in arrays)
+    return path.is_file() and path.stat().st_size == n_bytes and hash_of(path) == its_hash
 
 
 def check_same_reading(folder, about, reading):

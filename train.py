@@ -1769,7 +1769,7 @@ def finish_stage1(settings, state, dataset, folder):
         return
     add_metrics(folder, settings, **scores)
     line = (f"stage 1 | held-out views: {scores['psnr_heldout']:.2f} dB PSNR over "
-            f"{int(dataset.heldout.sum())}")
+            f"{len(sample.frames_to_score(dataset))}")
     if dataset.moving:
         mean = score_mean_frame(dataset)
         add_metrics(folder, settings, psnr_mean_frame=round(mean, 3))

@@ -121,13 +121,13 @@ def load_lpips(vgg16, linear):
 
 @torch.no_grad()
 def score_views(trained, dataset, lpips=None, n_samples=96, chunk=8):
-    """Means over all held-out views -> dict psnr_heldout, dB, ssim_heldout and mask_heldout, what
+    """Means over held-out views -> dict psnr_heldout, dB, ssim_heldout and mask_heldout, what
     Eq. 2 measures; lpips: an LPIPS, for lpips_heldout. Empty where no view is held out."""
     if not dataset.heldout.any():
         return {}
     scores = sample.score_heldout(trained, dataset)
     values = {"ssim": [], "lpips": []}
-    for frames in dataset.heldout.nonzero()[:, 0].split(chunk):
+    for frames in sample.frames_to_score(dataset).split(chunk):
         ours, _ = sample.render_frames(trained, dataset, frames, n_samples)   # (n, 3, H, W)
         true, _ = dataset.batch(frames, dataset.images.shape[1])
         values["ssim"].append(ssim(ours, true))

@@ -679,6 +679,8 @@ def write_sets(folder):
         iio.imwrite(sets["gif"] / f"{clip}.gif", frames, loop=0)
         test_data.save(sets["frames"] / clip, test_data.with_alpha(frames, masks))
         test_data.write_strip(sets["strips"] / f"{clip}.png", frames)
+    sets["cache"] = folder / "cache"
+    data.write_cache(sets["captions"], sets["cache"], data.Reading(size=32))
     return sets
 
 
@@ -790,7 +792,9 @@ def greedy(folder, reference, rng):
             ("NeRF transforms", "images/001.png", bomb), ("COIL-100", "obj3__60.png", bomb),
             ("COLMAP", "chair/obj7/masks/001.png", bomb), ("strips", "a.png", bomb),
             ("NeRF transforms", "images/001.png", long_picture),
-            ("frames", "a/001.png", long_picture), ("gif", "a.gif", large_video)):
+            ("frames", "a/001.png", long_picture), ("gif", "a.gif", large_video),
+            ("cache", data.FRAMES, sparse), ("cache", data.ABOUT, sparse),
+            ("cache", data.FRAMES, pipe), ("cache", data.ABOUT, pipe)):
         out = folder / "set"
         shutil.copytree(sets[name], out)
         change(out / file)

@@ -596,6 +596,18 @@ def test_an_empty_decoder_scores_what_black_pictures_score():
     assert sample.score_heldout(state, dataset) == {}
 
 
+def test_of_very_many_held_out_frames_some_are_scored_of_all_objects_and_views():
+    few = SimpleNamespace(heldout=torch.tensor([False, True, True, False, True]))
+    assert sample.frames_to_score(few).tolist() == [1, 2, 4]
+    assert sample.frames_to_score(SimpleNamespace(heldout=torch.zeros(3) > 0)).tolist() == []
+    many = SimpleNamespace(heldout=torch.arange(2400) % 24 >= 20)        # 4 views of 100 objects
+    frames = sample.frames_to_score(many, 30)
+    assert len(frames) == 30 and many.heldout[frames].all() and (frames[1:] > frames[:-1]).all()
+    assert torch.equal(frames, sample.frames_to_score(many, 30))
+    assert torch.bincount(frames % 24 - 20, minlength=4).min() > 3       # of each view
+    assert torch.bincount(frames // 600, minlength=4).min() > 3          # of each quarter
+
+
 def test_a_frame_is_compared_with_its_own_object_through_its_own_camera_and_lens(tmp_path):
     trained = sample.open_run(make_run(tmp_path, lively=True))
     cameras = render.orbit(torch.arange(4.0), 0.2, 4.0)
