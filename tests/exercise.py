@@ -28,6 +28,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,9 @@ SECONDS = 60                     # a solution may take; the right ones take one 
 MOST_BYTES = 2 ** 26             # an answer may have
 
 EXERCISES = dict(enumerate(exercises.ALL, 1))
+
+# A comment that begins with a shape, or several: "# (B, 3)", "# (B, 2K), (B, 2K, 6)".
+SHAPE = r"#\s+(\([^()]*\)(?:, \([^()]*\))*)"
 
 
 # ---- What is to be written -----------------------------------------------------------------------
@@ -117,11 +121,11 @@ def waypoints(text, node):
     for statement in ast.walk(node):
         if not isinstance(statement, ast.Assign):
             continue
-        shape = re.search(r"#.*?(\([^()]*\))", lines[statement.end_lineno - 1])
-        begins = re.search(r"# +\(", lines[statement.end_lineno - 1])
-        if shape and begins and statement.lineno > head_of(text, node):
-            found.append((statement.lineno, ast.unparse(statement.targets[0]), shape[1]))
-    return [(name, shape) for _, name, shape in sorted(found)]
+        shape = re.search(SHAPE, lines[statement.end_lineno - 1])
+        if shape and statement.lineno > head_of(text, node):
+            names = ast.unparse(statement.targets[0]).strip("()")
+            found.append((statement.lineno, names, shape[1]))
+    return [(names, shape) for _, names, shape in sorted(found)]
 
 
 # ---- Taking it out -------------------------------------------------------------------------------
@@ -193,17 +197,18 @@ def sheet(exercise, folder):
     """What the student reads: TASK.md of the folder, and what --out prints."""
     number = number_of(exercise)
     script = Path(__file__).resolve()
-    functions = " and ".join(exercise.WRITE)
+    functions = " and ".join(f"`{name}`" for name in exercise.WRITE)
     return f"""\
 # Exercise {number}: {exercise.TITLE}
 
 {exercise.PAPER}:
 
-    {exercise.EQUATION}
+{textwrap.indent(exercise.EQUATION, "    ")}
 
-Write in `{exercise.FILE}`: {functions}, {lines_to_write(exercise)} lines or so, {exercise.MINUTES} \
-minutes. What stands there says what goes in
-and what comes out. Where a body is missing, it says `raise NotImplementedError`.
+Write {functions} in `{exercise.FILE}`.
+It takes {lines_to_write(exercise)} lines or so, and {exercise.MINUTES} minutes.
+The docstrings there say what goes in and what comes out. Where a body is missing, it says
+`raise NotImplementedError`.
 
 {exercise.TASK}
 
@@ -278,20 +283,23 @@ def read_answer(path, otherwise):
         return {"stopped": f"it returns neither tensors nor plain values ({type(error).__name__})"}
 
 
-def keep_the_project():
+def project_files():
     """The bytes of all that judges, and of the originals."""
     paths = [*ROOT.glob("*.py"), *HERE.glob("*.py"), *(HERE / "exercises").glob("*.py")]
     return {path: path.read_bytes() for path in paths}
 
 
-def restore_the_project(kept):
-    """Undoes what somebody changed. Returns the names of those files."""
-    spoilt = []
-    for path, content in kept.items():
-        if not path.is_file() or path.read_bytes() != content:
-            path.write_bytes(content)
-            spoilt.append(path.name)
-    return spoilt
+def check_unchanged(before):
+    """Refuses to judge where a file of the project is not what it was before a solution ran.
+
+    The fence of child.py keeps Python's own functions from writing here; C code could. Nothing is
+    put back: it may as well have been you, with an editor.
+    """
+    after = project_files()
+    for path in sorted({*before, *after}):
+        if before.get(path) != after.get(path):
+            raise BadInput(f"{path} has changed while a solution ran: nothing is judged by what "
+                           "may be another grader; look at git status, and try again")
 
 
 def ask(exercise, solutions, seed, seconds=SECONDS, quiet=False):
@@ -304,7 +312,7 @@ def ask(exercise, solutions, seed, seconds=SECONDS, quiet=False):
     generator = torch.Generator().manual_seed(seed)
     given = [claim.given(generator) for claim in exercise.CLAIMS]
     given.append(exercise.PICTURE.given(generator))
-    kept = keep_the_project()
+    before = project_files()
     with tempfile.TemporaryDirectory(prefix="exercise-") as folder:
         folder = Path(folder).resolve()
         write_questions(exercise, given, folder)
@@ -314,14 +322,11 @@ def ask(exercise, solutions, seed, seconds=SECONDS, quiet=False):
             hand_out(exercise, place)
             (place / exercise.FILE).write_bytes(content)
         otherwise = run_child(exercise, len(solutions), folder, seconds, quiet)
-        spoilt = restore_the_project(kept)
+        check_unchanged(before)
         answers = []
         for number in range(len(solutions)):
             paths = [folder / str(number) / f"answer{i}.pt" for i in range(len(given))]
             answers.append([read_answer(path, otherwise) for path in paths])
-    if spoilt:
-        reason = f"it changed files that are not its own ({', '.join(spoilt)}); they are restored"
-        answers = [[{"stopped": reason}] * len(given)] * len(solutions)
     return given, answers
 
 
@@ -343,7 +348,7 @@ def judge(claim, given, answer):
         reason = answer["stopped"]
         if reason.startswith("NotImplementedError: exercise"):
             return "not written yet"
-        return reason
+        return f"{reason}. {claim.if_stopped}" if claim.if_stopped else reason
     try:
         return claim.judge(given, answer["answer"])
     except Exception as error:                           # wrong kind, wrong length, no such key
@@ -446,7 +451,7 @@ def draw_picture(exercise, given, answer, path):
 
 # ---- The commands --------------------------------------------------------------------------------
 def print_list():
-    print("Exercises, in the order of the method. Make one: python tests/exercise.py 1 --out FOLDER")
+    print("In the order of the method. To begin: python tests/exercise.py 1 --out FOLDER")
     for number, exercise in EXERCISES.items():
         if number == exercises.FIRST_READING + 1:
             print("\nOf the second reading:")
@@ -454,7 +459,7 @@ def print_list():
         print(f"\n{number:2d}  {exercise.TITLE} ({exercise.PAPER})")
         print(f"    {exercise.FILE}: {names}; {lines_to_write(exercise)} lines, "
               f"{exercise.MINUTES} minutes")
-        print(f"    {exercise.EQUATION}")
+        print(textwrap.indent(exercise.EQUATION, "        "))
 
 
 def read_solution(exercise, folder):

@@ -18,9 +18,10 @@ FILE = "render.py"
 WRITE = ("pixel_directions", "camera_rays")
 TAKEN_OUT = ()
 CHANGED = (
-    # Data are made with rays, too. There they are calculated a second time: not in a hand-out.
+    # Data are made with rays, too. There they are calculated again, in three places, with other
+    # lengths: in a hand-out these ask the student's camera_rays.
     ("data.py", "from render import orbit, pixel_directions",
-     "from render import camera_rays, orbit"),
+     "from render import camera_rays, orbit, pixel_directions"),
     ("data.py", """\
     in_camera = pixel_directions(intrinsics, n)                      # (V, n, n, 3)
     in_world = cam2world[:, None, None, :3, :3] * in_camera[..., None, :]      # R times each vector
@@ -29,6 +30,23 @@ CHANGED = (
 """, """\
     o, d = camera_rays(cam2world, intrinsics, n)                     # (V, n, n, 3)
     o, d = o.reshape(-1, 3), d.reshape(-1, 3)                        # (R, 3)
+"""),
+    ("data.py", """\
+        d = cam2world[view, :3, :3] * self.directions[rays, None]
+        d = d.sum(-1)                                                # (rays, 3) in the world
+""", """\
+        _, d = camera_rays(cam2world, self.intrinsics, self.n)       # (V, n, n, 3)
+        d = d.reshape(-1, 3)[rays]                                   # (rays, 3) in the world
+"""),
+    ("data.py", """\
+    # Rows count downwards and the camera looks along -z, as in render.pixel_directions.
+    rays = np.stack([(u - cx) / fx, -(v - cy) / fy, -np.ones(len(fx))], 1)
+    return np.einsum("vij,vj->vi", poses[:, :3, :3], rays)
+""", """\
+    # A picture of one pixel, through a lens that is shifted so that u, v is in its middle.
+    lens = np.stack([fx, fy, cx - u + 0.5, cy - v + 0.5], 1).astype(poses.dtype)
+    _, d = camera_rays(torch.from_numpy(poses), torch.from_numpy(lens), 1)
+    return d[:, 0, 0].numpy()
 """))
 MINUTES = 25
 TASK = """\
@@ -96,13 +114,16 @@ def judge_right_and_up(given, answer):
 
 
 def judge_lens(given, answer):
-    right = by_hand(given)
-    for half in (0.5, 0.0):                              # each of them whatever the other claims say
+    """x and y, whatever the other claims say: half a pixel, which way is up, rows and columns."""
+    answer = answer[..., :2]
+    for half, last in ((0.5, 0), (0.0, 0), (0.0, 1)):
         for down in (-1.0, 1.0):
-            if not compare(answer, by_hand(given, half, down), "no"):
-                return ""
-    hint = "invert u = cx + fx x / -z with z = -1: x = (u - cx) / fx, with fy and cy for y; z is -1"
-    return compare(answer, right, hint, [(right.transpose(1, 2), SWAPPED)])
+            right = by_hand(given, half, down, last)[..., :2]
+            for also in (right, right.transpose(1, 2)):
+                if not compare(answer, also, "no"):
+                    return ""
+    hint = "invert u = cx + fx x / -z with z = -1: x = (u - cx) / fx; y with fy and cy"
+    return compare(answer, by_hand(given)[..., :2], hint)
 
 
 # ---- In the world --------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ class Claim:
     given: Callable
     ask: Callable
     judge: Callable
+    if_stopped: str = ""         # a hint for those whose solution raises an error here
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def difference(answer, right, tolerance=1e-4):
         return f"a tensor is asked for, and this is {type(answer).__name__}"
     if answer.shape != right.shape:
         return f"its shape should be {tuple(right.shape)}, and is {tuple(answer.shape)}"
+    if answer.is_complex():
+        return "its numbers are complex"
     answer = answer.detach().double()
     right = right.detach().double()
     if not answer.isfinite().all():

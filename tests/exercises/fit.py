@@ -26,8 +26,9 @@ TRAP: torch.quantile refuses more than 16 million numbers; numpy's does not."""
 FACTOR = "the interquartile range of a Gaussian is 1.349 deviations: times 0.7413"
 MEAN = "m is the median: a mean is pulled along by a handful of extremes"
 DEVIATION = "s comes from the quartiles: a standard deviation is decided by a handful of extremes"
-BY_OBJECT = ("what is in a channel belongs together, of all objects: bring the channels to the front "
-             "first; these are not the statistics of axis 1")
+BY_OBJECT = ("what is in a channel belongs together, of all objects: bring the channels to the "
+             "front first; these are not the statistics of axis 1")
+RETURN = "fit returns self, so that one can write RobustNormalizer().fit(latents)"
 ZERO = "where Q75 = Q25, s would be 0 and F_hat not finite: divide by 1 there"
 
 
@@ -50,6 +51,22 @@ def fit(normalize, given):
     returned = normalizer.fit(given["latents"].clone())
     answer = {"m": normalizer.m, "s": normalizer.s, "is_self": returned is normalizer}
     answer["latents_hat"] = normalizer.normalize(given["latents"])
+    return answer
+
+
+def fit_channels(normalize, given):
+    """Asks for m and s per channel; and, all numbers together, of each channel alone."""
+    latents = given["latents"]
+    normalizer = normalize.RobustNormalizer("robust", True)
+    normalizer.fit(latents.clone())
+    answer = {"m": normalizer.m, "s": normalizer.s}
+    pieces = {"alone": [latents[:, c:c + 1] for c in range(5)],
+              "mixed": list(latents.reshape(5, 1, 3, 3, 3, 3).transpose(1, 2))}
+    for name, parts in pieces.items():
+        for part in parts:
+            one = normalize.RobustNormalizer("robust", False)
+            one.fit(part.contiguous())
+            answer[name] = answer.get(name, []) + [[float(one.m), float(one.s)]]
     return answer
 
 
@@ -105,20 +122,18 @@ def per_channel(generator):
 
 
 def judge_per_channel(given, answer):
-    latents = given["latents"]
-    channels = [by_hand(latents[:, c]) for c in range(5)]
-    together = latents.reshape(5, -1)                    # no transpose: 5 pieces of memory
-    mixed = [by_hand(row) for row in together]
+    """By what the student's own fit says of each channel alone: m and s are judged above."""
     shape = (1, 5, 1, 1, 1)
     hint = "one m and one s for each channel, of the shape (1, C, 1, 1, 1)"
-    problem = ""
-    for name in ("m", "s"):
-        right = as_tensor(*[getattr(one, name) for one in channels]).view(shape)
-        wrong = as_tensor(*[getattr(one, name) for one in mixed]).view(shape)
-        mistakes = [(wrong, BY_OBJECT), (right / 0.7413, FACTOR)]
-        mistakes += [(as_tensor(*[one.mean for one in channels]).view(shape), MEAN)]
-        problem = problem or compare(answer[name], right, hint, mistakes)
-    return problem
+    alone, mixed = as_tensor(*answer["alone"]), as_tensor(*answer["mixed"])      # (5, 2)
+    if not alone.std(0).min() > 1e-3:
+        return "m and s are the same for any latents"
+    for number, name in enumerate(("m", "s")):
+        right, wrong = alone[:, number].view(shape), mixed[:, number].view(shape)
+        problem = compare(answer[name], right, hint, [(wrong, BY_OBJECT)], 1e-3)
+        if problem:
+            return problem
+    return ""
 
 
 def mean_and_deviation(generator):
@@ -139,7 +154,7 @@ def none(generator):
 def judge_none(given, answer):
     """Not by m and s alone, which are 0 and 1 from the start: fit has to have run."""
     if not answer["is_self"]:
-        return "fit returns self, so that one can write RobustNormalizer().fit(latents)"
+        return RETURN
     return compare(answer["latents_hat"], given["latents"], 'mode "none": m = 0, s = 1')
 
 
@@ -151,6 +166,11 @@ def constant_latents(generator):
 
 
 def judge_constant(given, answer):
+    if not answer["is_self"]:
+        return RETURN
+    deviation = as_tensor(by_hand(given["latents"]).std)[0]
+    if not compare(answer["s"], deviation, "no"):
+        return ""                                        # not 0, and paid for above
     return compare(answer["s"], torch.tensor(1.0), ZERO, tolerance=1e-6)
 
 
@@ -158,7 +178,8 @@ CLAIMS = (
     Claim(2, "m is the median", robust, fit, judge_m),
     Claim(2, "s is 0.7413 times the interquartile range", robust, fit, judge_s),
     Claim(1, "a few numbers of a million are not seen", outliers, fit, judge_outliers),
-    Claim(2, "per_channel: each channel by itself", per_channel, fit, judge_per_channel),
+    Claim(2, "per_channel: each channel by itself", per_channel, fit_channels,
+          judge_per_channel),
     Claim(1, "mean and deviation where the mode says so", mean_and_deviation, fit, judge_meanstd),
     Claim(1, "mode none changes nothing; fit returns self", none, fit, judge_none),
     Claim(1, "a spread of 0 is not divided by", constant_latents, fit, judge_constant))

@@ -20,7 +20,7 @@ it rho is clamped into [0, rho_max]. error_gradient is g alone, which the last s
 A NamedTuple is made anew: ScaledPose(R, rho, u)."""
 
 SIGN = "d has a minus: the step leads downhill, against the gradient"
-PER_POINT = "g and H are both divided by K, the number of points, so that mu means the same for any K"
+PER_POINT = "g and H are both divided by K, the number of points: mu then means the same for any K"
 NO_MU = "mu I is missing: without it a step along what the points do not show may be endless"
 CLAMP = "after the step rho is clamped into [0, rho_max]: at a negative one the camera is behind"
 FLOOR = "mu contains the square of floor"
@@ -43,9 +43,11 @@ def turned(w):
     return torch.eye(3).to(w) + 2 * (cross + cross @ cross) / (1 + (w / 2).square().sum())
 
 
-def by_hand(given, sign=-1, per_point=True, damped=True, clamped=True, floor_power=2,
-            with_error=True):
-    """R, rho, u after the step; error, mu and g before it: (B, ...) each. J by autograd."""
+def by_hand(given, sign=-1, per_point=True, damped=True, floor_power=2, with_error=True, own=None):
+    """R, rho, u after the step; error, mu and g before it: (B, ...) each. J by autograd.
+
+    own  a student's answer, whose error and mu are taken, right or wrong
+    """
     rows = []
     for b in range(len(given["Y"])):
         R, rho, u, Y, x = (given[name][b].double() for name in ("R", "rho", "u", "Y", "x"))
@@ -59,15 +61,14 @@ def by_hand(given, sign=-1, per_point=True, damped=True, clamped=True, floor_pow
         r, J = residual(zero), torch.autograd.functional.jacobian(residual, zero)
         divisor = K if per_point else 1
         g, H = J.T @ r / K, J.T @ J / divisor
-        error = r.square().sum()
+        error = r.square().sum() if own is None else own["error"][b].double()
         mu = given["floor"] ** floor_power + torch.finfo(torch.float32).eps * H.trace()
         if with_error:
             mu = mu + error / K**2
+        curvature = mu if own is None else own["mu"][b, 0, 0].double()
         eye = torch.eye(6, dtype=torch.float64)
-        d = sign * torch.linalg.solve(H + mu * eye * damped, g)
-        rho = rho + d[3:4]
-        if clamped:
-            rho = rho.clamp(min=0).minimum(given["rho_max"][b].double())
+        d = sign * torch.linalg.solve(H + curvature * eye * damped, g)
+        rho = (rho + d[3:4]).clamp(min=0).minimum(given["rho_max"][b].double())
         rows.append((turned(d[:3]) @ R, rho, u + d[4:], error, mu.view(1, 1), g))
     names = ("R", "rho", "u", "error", "mu", "g")
     return {name: torch.stack(values) for name, values in zip(names, zip(*rows))}
@@ -110,7 +111,7 @@ def a_gradient(generator):
 
 def judge_gradient(given, answer):
     right = by_hand(given)["g"]
-    mistakes = [(right * 12, "divided by K: the mean over points, so that mu means the same for any K"),
+    mistakes = [(right * 12, "divided by K: the mean over points, and mu means the same for any K"),
                 (-right, "g itself has no minus; d has"), (2 * right, "g is half of the gradient "
                  "of the mean |r|^2: J^T r / K"), (right / 2, "by K, not by 2 K")]
     return compare(answer["g"], right, "g = J^T r / K, (B, 6)", mistakes, 1e-3)
@@ -121,10 +122,12 @@ def strong_floor(generator):
 
 
 def judge_step(given, answer):
-    """All three of the pose's parts, each against the same mistakes."""
-    right = by_hand(given)
-    named = [(by_hand(given, sign=1), SIGN), (by_hand(given, per_point=False), PER_POINT),
-             (by_hand(given, damped=False), NO_MU)]
+    """All three of the pose's parts, each against the same mistakes; with the student's own mu."""
+    if answer["mu"].shape != (3, 1, 1) or not answer["mu"].min() > 0:
+        return "mu is (B, 1, 1), and positive"
+    right = by_hand(given, own=answer)
+    named = [(by_hand(given, sign=1, own=answer), SIGN), (by_hand(given, damped=False), NO_MU),
+             (by_hand(given, per_point=False, own=answer), PER_POINT)]
     hint = "solve (H + mu I) d = -g, then move(pose, d)"
     for name in ("R", "u", "rho"):
         mistakes = [(wrong[name], words) for wrong, words in named]
@@ -139,10 +142,10 @@ def weak_floor(generator):
 
 
 def judge_mu(given, answer):
-    right = by_hand(given)["mu"]
-    mistakes = [(by_hand(given, floor_power=1)["mu"], FLOOR),
-                (by_hand(given, with_error=False)["mu"], ERROR_MU),
-                (by_hand(given, per_point=False)["mu"], PER_POINT),
+    right = by_hand(given, own=answer)["mu"]
+    mistakes = [(by_hand(given, floor_power=1, own=answer)["mu"], FLOOR),
+                (by_hand(given, with_error=False, own=answer)["mu"], ERROR_MU),
+                (by_hand(given, per_point=False, own=answer)["mu"], PER_POINT),
                 (right[:, 0, 0], "mu is (B, 1, 1), to stand in front of a matrix of each object")]
     return compare(answer["mu"], right, "mu = floor^2 + error / K^2 + eps trace(H), (B, 1, 1)",
                    mistakes, 1e-3)
@@ -183,9 +186,8 @@ def eight_steps(generator):
 
 
 def judge_converged(given, answer):
-    found = answer["R"]
-    return compare(found, given["true"], "eight steps from a pose some degrees off lead to the true one",
-                   tolerance=0.02)
+    hint = "eight steps from a pose some degrees off lead to the true one"
+    return compare(answer["R"], given["true"], hint, tolerance=0.02)
 
 
 CLAIMS = (

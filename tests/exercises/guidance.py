@@ -60,7 +60,7 @@ def guided(diffusion, given):
 
 
 def make(generator, n_prompts, weight):
-    """What is given: 4 objects, prompts of 6 tokens of which two or three are real; null has one."""
+    """What is given: 4 objects, prompts of 6 tokens, of which two or three are real; null, one."""
     numbers = torch.rand(2, generator=generator).tolist()
     text_mask = torch.tensor([[True, True, True, False, False, False]]).repeat(n_prompts, 1)
     text_mask[0, 2] = False
@@ -97,10 +97,10 @@ def weight_zero(generator):
 
 
 def judge_ends(given, answer):
-    if not compare(answer["D"], by_hand(given, 1 - given["weight"]), "no"):
-        return EXCHANGED
-    hint = "weight 1 is D(x | text) alone, weight 0 is D(x | null) alone"
-    mistakes = mistakes_of(given)[:1] + mistakes_of(given)[2:]
+    wanted, other = ("text", "null") if given["weight"] == 1 else ("null", "text")
+    hint = f"weight {given['weight']:g} is D(x | {wanted}) alone"
+    mistakes = [(by_hand(given, 1 - given["weight"]), f"{hint}, and this is D(x | {other})"),
+                (by_hand(given, given["weight"] + 1), OTHER_WEIGHT)]
     return compare(answer["D"], by_hand(given), hint, mistakes)
 
 

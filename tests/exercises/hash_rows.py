@@ -19,8 +19,8 @@ piece). All B objects and all codebooks at once: no loop is needed. forward pick
 self.table, with the rows that row_indices names, and lays them side by side."""
 
 NO_MODULO = "a_i k has up to 63 bits: of these, mod 2^32 leaves the lower 32, and is missing here"
-LOW_BITS = ("those are the lower r of the 32 bits: >> (32 - r) keeps the upper ones, which all bits of "
-            "k have had a say in")
+LOW_BITS = ("those are the lower r of the 32 bits: >> (32 - r) keeps the upper ones, in which all "
+            "bits of k have had a say")
 WRONG_SHIFT = "shift by 32 - r, which is self.shift, so that r bits are left; not by r"
 ORDER = ("pieces stand side by side, all numbers of piece 0 first, then piece 1: flatten "
          "(B, codebooks, piece)")
@@ -40,6 +40,22 @@ def by_hand(given, modulo=2**32, shift=None, low=False):
             row.append(product % 2**bits if low else product >> shift)
         rows.append(row)
     return torch.tensor(rows).double()
+
+
+def rows_in(given, answer):
+    """The rows, also of those who have them the other way round: that is one claim's matter."""
+    rows = answer["rows"]
+    if tuple(rows.shape) == (len(given["a"]), len(given["k"])):
+        return rows.T
+    return rows
+
+
+def mistakes_of(given):
+    """What the likely mistakes come out as, and what is to be said of each."""
+    return [(by_hand(given, modulo=2**70), NO_MODULO),
+            (by_hand(given, modulo=2**31), "mod 2^32, not 2^31: as a mask 0xFFFFFFFF"),
+            (by_hand(given, shift=given["bits"]), WRONG_SHIFT),
+            (by_hand(given, low=True), LOW_BITS)]
 
 
 def embedding(autodecoder, given):
@@ -69,10 +85,8 @@ def object_one(generator):
 
 def judge_object_one(given, answer):
     """a_i times 1 is under 2^32 by itself: only the shift counts."""
-    mistakes = [(by_hand(given, shift=given["bits"]), WRONG_SHIFT),
-                (by_hand(given, low=True), LOW_BITS)]
     hint = "object 1: m_i = a_i >> (32 - r), the upper r of 32 bits"
-    return compare(answer["rows"], by_hand(given), hint, mistakes, 1e-9)
+    return compare(rows_in(given, answer), by_hand(given), hint, mistakes_of(given), 1e-9)
 
 
 def many_objects(generator):
@@ -81,12 +95,8 @@ def many_objects(generator):
 
 
 def judge_many_objects(given, answer):
-    mistakes = [(by_hand(given, modulo=2**70), NO_MODULO),
-                (by_hand(given, modulo=2**31), "mod 2^32, not 2^31: as a mask 0xFFFFFFFF"),
-                (by_hand(given, shift=given["bits"]), WRONG_SHIFT),
-                (by_hand(given, low=True), LOW_BITS)]
-    hint = "take a_i k, then mod 2^32, then >> (32 - r), in this order"
-    return compare(answer["rows"], by_hand(given), hint, mistakes, 1e-9)
+    hint = "take a_i k, then mod 2^32, then >> (32 - r), in this order, in int64"
+    return compare(rows_in(given, answer), by_hand(given), hint, mistakes_of(given), 1e-9)
 
 
 def judge_shape(given, answer):
@@ -110,10 +120,7 @@ def large_numbers(generator):
 
 def judge_large_numbers(given, answer):
     hint = "with k up to 2^31 the product has 63 bits: int64 holds it, floats and int32 do not"
-    mistakes = [(by_hand(given, modulo=2**70), NO_MODULO),
-                (by_hand(given, shift=given["bits"]), WRONG_SHIFT),
-                (by_hand(given, low=True), LOW_BITS)]
-    return compare(answer["rows"], by_hand(given), hint, mistakes, 1e-9)
+    return compare(rows_in(given, answer), by_hand(given), hint, mistakes_of(given), 1e-9)
 
 
 def pieces(generator):
@@ -143,7 +150,7 @@ CLAIMS = (
           judge_many_objects),
     Claim(1, "the largest products are exact", large_numbers, embedding, judge_large_numbers),
     Claim(3, "piece i is row m_i of codebook i; pieces stand side by side", pieces, embedding,
-          judge_pieces))
+          judge_pieces, "Rows are 0 to 2^r - 1, and self.table is (codebooks, rows, piece)"))
 
 
 # ---- The picture: rows of the first objects ------------------------------------------------------

@@ -22,9 +22,9 @@ A ray crosses S intervals of fog. T_i is the light that reaches interval i, w_i 
 light that interval i stops. Any number of rays comes at once: all in front of the last axis is
 theirs. A loop over intervals is a good first answer."""
 
-SHIFT = ("T_i must not contain interval i itself, only those before it: shift the sum by one before "
-         "exp")
-NO_T = "every w_i lacks T_i, the light that reaches interval i: what is in front hides what is behind"
+SHIFT = ("T_i must not contain interval i itself, only those before it: shift the sum by one "
+         "before exp")
+NO_T = "w_i lacks T_i, the light that reaches interval i: what is in front hides what is behind"
 LENGTH = "tau_i is density_i times the length of interval i, edges_{i+1} - edges_i"
 THIN = ("1 - exp(-tau) of a tau of 1e-9 is 0 in float32, as exp(-tau) is rounded to 1: "
         "-torch.expm1(-tau) is not")
@@ -129,10 +129,10 @@ def thin_fog(generator):
 
 
 def judge_thin_fog(given, answer):
-    zero = torch.zeros(3)
-    if not compare(answer["occupancy"], zero, "no"):
+    if not compare(answer["occupancy"], torch.zeros(3), "no"):
         return THIN
-    return judge_but_for_T(given, answer["occupancy"], "occupancy", THIN)
+    hint = "fog of one interval and tau = 1e-9 stops 1e-9 of the light"
+    return judge_but_for_T(given, answer["occupancy"], "occupancy", hint)
 
 
 def last_interval(generator):
@@ -155,10 +155,24 @@ def grid_of_rays(generator):
     return random_rays(generator, 2, 3, 4, 5)
 
 
+def grid_and_row(render, given):
+    """Asks for the same rays twice: in a grid, and one after another."""
+    colour, occupancy, weights = render.integrate(given["density"], given["rgb"], given["edges"])
+    one_by_one = []
+    for density, rgb, edges in zip(given["density"].flatten(0, 2), given["rgb"].flatten(0, 2),
+                                   given["edges"].flatten(0, 2)):
+        one_by_one.append(render.integrate(density, rgb, edges)[0])
+    return {"colour": colour, "alone": torch.stack(one_by_one), "occupancy": occupancy}
+
+
 def judge_grid_of_rays(given, answer):
-    hint = "rays may come as (R,) or (B, V, H, W): count axes from the end, -1 for the intervals"
-    return (judge_but_for_T(given, answer["colour"], "colour", hint)
-            or judge_but_for_T(given, answer["occupancy"], "occupancy", hint))
+    """By what the student's own function says of each ray alone."""
+    hint = "rays may come alone or as (B, V, H, W): count axes from the end, -1 for the intervals"
+    if not answer["alone"].std() > 1e-3:
+        return "the colour is the same for all rays"
+    if answer["occupancy"].shape != (2, 3, 4):
+        return f"occupancy is (...,), (2, 3, 4) here, not {tuple(answer['occupancy'].shape)}"
+    return compare(answer["colour"], answer["alone"].view(2, 3, 4, 3), hint)
 
 
 CLAIMS = (
@@ -171,7 +185,7 @@ CLAIMS = (
           last_interval, integrate, judge_last_interval),
     Claim(2, "fog of an optical thickness of 1e-9 is not lost", thin_fog, integrate,
           judge_thin_fog),
-    Claim(1, "rays may stand in a grid of any shape", grid_of_rays, integrate,
+    Claim(1, "rays may stand in a grid of any shape", grid_of_rays, grid_and_row,
           judge_grid_of_rays))
 
 

@@ -21,8 +21,8 @@ CHANGED = ()
 MINUTES = 40
 TASK = """\
 The top of exercise_13.py describes the files. data.Frames, in data.py, says what is to be returned;
-render.orbit makes cameras. No such data are in your folder: the check makes
-some up, and draws what was read."""
+render.orbit makes cameras. No such data are in your folder: the check makes some up, and draws what
+was read."""
 
 RADIANS = "azimuth and elevation are in degrees; orbit wants radians"
 LEFT = "azimuth grows towards the object's left, -x, and orbit's to its right: it needs a minus"
@@ -83,12 +83,13 @@ def camera(azimuth, elevation, distance):
     return torch.cat([torch.stack(columns, 1), torch.tensor([[0.0, 0.0, 0.0, 1.0]])])
 
 
-def cameras(given, order, azimuth_sign=-1, unit=math.pi / 180):
+def cameras(given, order, sign=-1, azimuth_unit=math.pi / 180, elevation_unit=math.pi / 180):
     """All cameras, in an order. Mistakes: azimuth the other way round, degrees for radians."""
     made = []
     for i in order:
-        made.append(camera(azimuth_sign * unit * float(given["azimuth"][i]),
-                           unit * float(given["elevation"][i]), given["distance"]))
+        azimuth = sign * azimuth_unit * float(given["azimuth"][i])
+        elevation = elevation_unit * float(given["elevation"][i])
+        made.append(camera(azimuth, elevation, given["distance"]))
     return torch.stack(made)
 
 
@@ -124,9 +125,11 @@ def judge_cameras(given, answer):
     hint = "a camera on a sphere that looks at the middle, y up: render.orbit makes it"
     mistakes = []
     for guess in (in_order(given), list(range(5))):
-        mistakes.append((cameras(given, guess, azimuth_sign=1), LEFT))
-        mistakes.append((cameras(given, guess, unit=1.0), RADIANS))
-        mistakes.append((cameras(given, guess, azimuth_sign=1, unit=1.0), RADIANS))
+        mistakes.append((cameras(given, guess, sign=1), LEFT))
+        for sign in (-1, 1):
+            mistakes.append((cameras(given, guess, sign, 1.0, 1.0), RADIANS))
+            mistakes.append((cameras(given, guess, sign, azimuth_unit=1.0), RADIANS))
+            mistakes.append((cameras(given, guess, sign, elevation_unit=1.0), RADIANS))
     return compare(found, right[order], hint, mistakes, 1e-2)
 
 

@@ -18,6 +18,7 @@ TASK = """\
 sd is sigma_data, a number; sigma is a tensor of any shape. Return the four in the order c_skip,
 c_out, c_in, c_noise. Before you begin: what must they be at sigma = 0.002, and at sigma = 80?"""
 
+ORDER = "the order is c_skip, c_out, c_in, c_noise"
 NAMES = ("c_skip", "c_out", "c_in", "c_noise")
 
 
@@ -53,7 +54,8 @@ def judge_c_out(given, answer):
     sigma, sd = given["sigma"].double(), given["sigma_data"]
     total = sigma**2 + sd**2
     hint = "c_out goes with sigma at little noise, and to sd where there is nothing else"
-    mistakes = [(sigma * sd / total, "a root is missing: c_out = sigma sd / sqrt(sigma^2 + sd^2)"),
+    mistakes = [(1 / total.sqrt(), f"this is c_in: {ORDER}"),
+                (sigma * sd / total, "a root is missing: c_out = sigma sd / sqrt(sigma^2 + sd^2)"),
                 (sigma / total.sqrt(), "sd is missing: c_out must reach the size of y, sd"),
                 (sigma**2 * sd**2 / total, "this is c_out squared")]
     return compare(answer["c_out"], by_hand(given)["c_out"], hint, mistakes)
@@ -63,7 +65,8 @@ def judge_c_in(given, answer):
     sigma, sd = given["sigma"].double(), given["sigma_data"]
     total = sigma**2 + sd**2
     hint = "c_in times x has deviation 1, and x = y + sigma n has sqrt(sigma^2 + sd^2)"
-    mistakes = [(1 / total, "a root is missing: variances add up, deviations are their roots"),
+    mistakes = [(sigma * sd / total.sqrt(), f"this is c_out: {ORDER}"),
+                (1 / total, "a root is missing: variances add up, deviations are their roots"),
                 (1 / (sigma + sd), "variances add up, deviations do not: sqrt(sigma^2 + sd^2)"),
                 (1 / sigma, "y is in x, too, not only noise: sigma^2 + sd^2")]
     return compare(answer["c_in"], by_hand(given)["c_in"], hint, mistakes)

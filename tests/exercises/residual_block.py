@@ -1,4 +1,4 @@
-"""Exercise 4: a residual block of the decoder (App. B.1): layers that fit, and where ReLUs stand."""
+"""Exercise 4: a residual block of the decoder (App. B.1): layers that fit, and ReLUs' places."""
 import torch
 import torch.nn.functional as F
 
@@ -23,12 +23,13 @@ Checkpoints know the layers as conv1, conv2, norm1, norm2, shortcut: take these 
 - shortcut: a 1x1x1 convolution with bias, such as Pointwise above; x itself where c_in = c_out.
   With upsample, what it returns is enlarged by repetition (F.interpolate, nearest)."""
 
-NO_BIAS = "a norm follows each convolution, takes away the mean and adds a bias of its own: bias=False"
+PADDING = "Do all sides fit? A 3x3x3 without padding takes one voxel away on each side"
+NO_BIAS = "a norm follows, which takes any bias away and adds its own: bias=False"
 BEHIND = ("a ReLU behind the sum leaves no negative numbers, not even in the latent, which must be "
           "bell-shaped: none there")
 AFTER = "ReLUs stand in front of the convolutions, conv(relu(x)), not behind the norms"
-IN_PLACE = ("the shortcut has to see x as it came, negative numbers too: relu before it, or in place "
-            "(relu_, inplace=True), takes them away")
+IN_PLACE = ("the shortcut has to see x as it came, negative numbers too: relu before it, or in "
+            "place (relu_, inplace=True), takes them away")
 ENLARGE = "the shortcut is enlarged by repetition: mode='nearest', not interpolated"
 
 
@@ -159,13 +160,15 @@ def judge_forward(given, answer):
 
 
 CLAIMS = (
-    Claim(2, "3x3x3 convolutions keep the sides", same_sides, forward, judge_shape),
-    Claim(2, "with upsample all sides double", twice_the_sides, forward, judge_shape),
+    Claim(2, "3x3x3 convolutions keep the sides", same_sides, forward, judge_shape, PADDING),
+    Claim(2, "with upsample all sides double", twice_the_sides, forward, judge_shape, PADDING),
     Claim(2, "the layers have their names, shapes and biases", same_sides, layers, judge_layers),
     Claim(1, "where c_in = c_out the shortcut is x itself", equal_channels, layers,
           judge_identity),
-    Claim(2, "with given weights the answer is h + shortcut", same_sides, forward, judge_forward),
-    Claim(1, "... and so it is where sides double", twice_the_sides, forward, judge_forward))
+    Claim(2, "with given weights the answer is h + shortcut", same_sides, forward, judge_forward,
+          PADDING),
+    Claim(1, "... and so it is where sides double", twice_the_sides, forward, judge_forward,
+          PADDING))
 
 
 # ---- The picture: a ball goes in -----------------------------------------------------------------
@@ -181,7 +184,7 @@ def ball(generator):
 def draw(figure, given, answer):
     middle = answer["y"][0, :, 12]
     for channel, axes in enumerate(figure.subplots(1, 3)):
-        axes.imshow(middle[channel].numpy(), vmin=-2, vmax=2, cmap="coolwarm")
+        axes.imshow(middle[channel].numpy(), vmin=-1, vmax=1, cmap="coolwarm")
         axes.set_axis_off()
         axes.set_title(f"channel {channel}", fontsize=9)
 
