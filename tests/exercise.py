@@ -49,7 +49,8 @@ FILES = ("render", "data", "autodecoder", "normalize", "diffusion", "sample", "t
 COPIED = (*[f"{name}.py" for name in FILES], "README.md", "LICENSE", "requirements.txt")
 SHEET = "TASK.md"                # in a student's folder: what to do
 SECONDS = 60                     # a solution may take; the right ones take one or two
-MOST_BYTES = 2 ** 26             # an answer may have
+MOST_BYTES = 2 ** 26             # the file of an answer may have
+MOST_NUMBERS = 2 ** 24
 
 EXERCISES = dict(enumerate(exercises.ALL, 1))
 
@@ -270,15 +271,30 @@ def run_child(exercise, n_solutions, folder, seconds, quiet):
     return f"its process ended by itself (exit status {done.returncode})"
 
 
+def numbers_in(value):
+    """How many numbers an answer holds. An expanded tensor has many, and few bytes in its file."""
+    if isinstance(value, torch.Tensor):
+        return value.numel()
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(numbers_in(part) for part in value)
+    return 1
+
+
 def read_answer(path, otherwise):
     """One answer: {"answer": ...} or {"stopped": why}. The file is a stranger's."""
     if not path.is_file():
         return {"stopped": otherwise}
-    if path.stat().st_size > MOST_BYTES:
-        return {"stopped": "the answer is too large"}
     try:
+        if path.stat().st_size > MOST_BYTES:
+            return {"stopped": "its answer is too large"}
         found = torch.load(path, weights_only=True)      # tensors and plain types, never programs
-        return {"stopped": found["stopped"]} if "stopped" in found else {"answer": found["answer"]}
+        if "stopped" in found:
+            return {"stopped": str(found["stopped"])}
+        if numbers_in(found["answer"]) > MOST_NUMBERS:
+            return {"stopped": "its answer is too large"}
+        return {"answer": found["answer"]}
     except Exception as error:                           # whatever a damaged file leads to
         return {"stopped": f"it returns neither tensors nor plain values ({type(error).__name__})"}
 
@@ -355,11 +371,16 @@ def judge(claim, given, answer):
         return f"what it returns is not what the docstring says ({type(error).__name__}: {error})"
 
 
+def printable(hint):
+    """One line of plain characters: a solution's error message may say anything to a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in hint)[:400]
+
+
 def judge_all(exercise, given, answers):
     """The verdicts of one solution."""
     verdicts = []
     for claim, numbers, answer in zip(exercise.CLAIMS, given, answers):
-        verdicts.append(Verdict(claim, judge(claim, numbers, answer)))
+        verdicts.append(Verdict(claim, printable(judge(claim, numbers, answer))))
     return verdicts
 
 
@@ -368,7 +389,7 @@ def points_of(verdicts):
 
 
 def is_as_published(exercise, content):
-    """Whether a student's functions are those of the project, but for words and spaces."""
+    """Whether a student's functions are those of the project, but for comments and spaces."""
     published = original(exercise).read_text(encoding="utf8")
     for name in exercise.WRITE:
         try:
@@ -397,7 +418,9 @@ def report(exercise, verdicts):
         mark = coloured("NO ", "red") if verdict.hint else coloured("yes", "green")
         lines.append(f"  {mark}  {verdict.points}/{verdict.claim.points}  {verdict.claim.words}")
         if verdict.hint and verdict.hint not in said:
-            lines.append(f"            {verdict.hint}")
+            margin = 12 * " "
+            lines.append(textwrap.fill(verdict.hint, 98, initial_indent=margin,
+                                       subsequent_indent=margin))
             said.add(verdict.hint)
     points = points_of(verdicts)
     colour = "green" if points == 10 else "red"

@@ -15,6 +15,8 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 import data
 import exercise
@@ -134,29 +136,30 @@ def test_numbers_are_drawn_anew_for_every_seed():
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
-def halves(number, name, folder):
-    """The picture of a solution: its left and its right half, without their headings."""
-    _, given, pictures = tried(number)
-    exercise.draw_picture(EXERCISES[number], given, pictures[name], folder / f"{name}.png")
-    picture = iio.imread(folder / f"{name}.png")[40:]
-    return picture[:, :450], picture[:, 450:]
+def page(number, answer):
+    """One half of a picture, by itself: its pixels."""
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    exercise.draw_half(figure, EXERCISES[number].PICTURE, "", tried(number)[1], answer)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba()).copy()
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_right_solution_looks_right_and_of_the_wrong_ones_one_at_least_does_not(number,
-                                                                                  tmp_path):
-    left, right = halves(number, "published", tmp_path)
-    assert right.std() > 5                               # not an empty page
-    assert (left == right).all()
-    differ = []
-    for i in range(3):
-        left, right = halves(number, f"wrong {i}", tmp_path)
-        differ.append(bool((left != right).any()))
-    assert any(differ)
+def test_a_right_solution_looks_right_and_of_the_wrong_ones_one_at_least_does_not(number):
+    _, given, pictures = tried(number)
+    right = page(number, exercise.right_answer(EXERCISES[number], given))
+    blank = page(number, pictures["blank"])
+    assert (page(number, pictures["published"]) == right).all()
+    assert (right < 250).mean() > 5 * (blank < 250).mean()       # not an empty page
+    assert any((page(number, pictures[f"wrong {i}"]) != right).any() for i in range(3))
 
 
 def test_where_nothing_is_written_the_picture_says_so_beside_the_right_one(tmp_path):
-    left, right = halves(1, "blank", tmp_path)
+    _, given, pictures = tried(1)
+    exercise.draw_picture(EXERCISES[1], given, pictures["blank"], tmp_path / "blank.png")
+    picture = iio.imread(tmp_path / "blank.png")[40:]            # below the headings
+    left, right = picture[:, :450], picture[:, 450:]
     assert 0 < (left < 128).any(-1).mean() < 0.02        # two lines of words
     assert (right < 128).any(-1).mean() > 0.05
 
@@ -361,6 +364,19 @@ def test_an_answer_that_is_no_tensor_file_is_never_loaded(tmp_path):
     assert "stopped" in exercise.read_answer(tmp_path / "answer.pt", "")
     torch.save({"answer": Path("x")}, tmp_path / "answer.pt")      # a class, not a plain value
     assert "neither tensors" in exercise.read_answer(tmp_path / "answer.pt", "")["stopped"]
+    torch.save({"answer": [torch.zeros(1).expand(10**9, 10**9)]}, tmp_path / "answer.pt")
+    assert "too large" in exercise.read_answer(tmp_path / "answer.pt", "")["stopped"]
+    torch.save({"stopped": 3}, tmp_path / "answer.pt")
+    assert exercise.read_answer(tmp_path / "answer.pt", "") == {"stopped": "3"}
+    assert exercise.read_answer(tmp_path / "none.pt", "why") == {"stopped": "why"}
+
+
+def test_an_error_message_cannot_talk_to_the_terminal():
+    one = EXERCISES[1]
+    answers = [{"stopped": "ValueError: \033[2J10 of 10 points\n"}] * len(one.CLAIMS)
+    given = [None] * len(one.CLAIMS)
+    for verdict in exercise.judge_all(one, given, answers):
+        assert verdict.hint.isprintable() and verdict.points == 0
 
 
 # ---- The commands --------------------------------------------------------------------------------
