@@ -556,10 +556,11 @@ def path_numbers(trained, seed=0, columns=8):
                            pictures=pictures, step=step)
 
 
-def arrow(axis, start, end, colour, linestyle="-"):
+def arrow(axis, start, end, colour, label=None):
     """From start to end, (x, y) each."""
-    look = dict(arrowstyle="-|>", color=colour, linewidth=1.6, linestyle=linestyle, shrinkA=0,
-                shrinkB=0, mutation_scale=9)
+    axis.plot(*zip(start, end), color=colour, linewidth=1.6, label=label)
+    look = dict(arrowstyle="-|>", color=colour, linewidth=1.6, shrinkA=0, shrinkB=0,
+                mutation_scale=9)
     axis.annotate("", end, start, arrowprops=look)
 
 
@@ -589,18 +590,14 @@ def draw_step(axis, step):
     def at(asked):
         return asked.sigma, asked.x.flatten()[step.number].item()
 
-    sigma, x = zip(*[at(asked) for asked in step.curve])
-    axis.plot(sigma, x, color=PALE, linewidth=6, label="the path, in 40 small steps")
-    arrow(axis, at(step.before), at(step.begin), ORANGE)
-    axis.plot([], [], color=ORANGE, linewidth=1.6, label="churn: fresh noise")
-    guess = step.begin.denoised.flatten()[step.number].item()
-    axis.plot(0, guess, "o", color=GREEN, label="the guess $D$")
-    axis.plot([step.trial.sigma, 0], [at(step.trial)[1], guess], color=GREEN, linewidth=1,
-              linestyle=":")
-    arrow(axis, at(step.begin), at(step.trial), GREEN, "--")
-    axis.plot([], [], color=GREEN, linewidth=1.6, linestyle="--", label="Euler: straight to $D$")
-    arrow(axis, at(step.begin), at(step.end), BLUE)
-    axis.plot([], [], color=BLUE, linewidth=1.6, label="Heun: corrected")
+    axis.plot(*zip(*[at(asked) for asked in step.curve]), color=PALE, linewidth=6,
+              label="the path, in 40 small steps")
+    arrow(axis, at(step.before), at(step.begin), ORANGE, "churn: fresh noise")
+    arrow(axis, at(step.begin), at(step.trial), GREEN, "Euler: straight to $D$")
+    arrow(axis, at(step.begin), at(step.end), BLUE, "Heun: corrected")
+    guess = 0, step.begin.denoised.flatten()[step.number].item()
+    axis.plot(*guess, "o", color=GREEN, label="the guess $D$")
+    axis.plot(*zip(at(step.trial), guess), color=GREEN, linewidth=1, linestyle=":")
     axis.invert_xaxis()
     axis.margins(0.08)
     axis.set(xlabel=r"$\sigma$", title=f"step {step.i}, magnified: one number of $x$")
@@ -737,16 +734,16 @@ def weights_on_a_line(volume, n=200):
 
 @torch.no_grad()
 def skinning_numbers(trained):
-    """What a run has learned, or the built-in puppet: views (T,) of the canonical pose, twice as
-    large, and of others; and weights on a line. trained: may be None."""
+    """What a run has learned, or the built-in puppet: views (T,) of the canonical pose, which is
+    larger, and of others; and weights on a line. trained: may be None."""
     is_learned = (trained is not None and trained.posenet is not None
                   and trained.data_settings.parts > 1)
     rig = learned_rig(trained) if is_learned else built_in_rig()
     rig.views = []
     for cameras in rig.cameras:                                        # (P, 4, 4)
-        side = VIEW if rig.views else 2 * VIEW
+        side = VIEW if rig.views else VIEW * 3 // 2
         view = render.render_moving_geometry(rig.volume, cameras[None, None],
-                                             rig.intrinsics[None, None], side, 64)
+                                             rig.intrinsics[None, None], side, 48)
         rig.views.append({name: pictures[0, 0] for name, pictures in view.items()})
     rig.weights, rig.points, rig.part = weights_on_a_line(rig.volume)
     rig.origin = ("A built-in puppet, put into a volume: its parts, poses and weights are told, "
@@ -825,8 +822,8 @@ FIGURES = {"rays": (rays_numbers, draw_rays),
            "path": (path_numbers, draw_path),
            "skinning": (skinning_numbers, draw_skinning)}
 OF_DIFFUSION = {"preconditioning", "path"}               # these need stage 2
-# Twelve chairs, learned by heart: enough to see what the figures are about, not to judge by.
-SHORT = train.MICRO | dict(n_objects=12, steps_stage1=250, steps_stage2=300)
+# Eight chairs, learned by heart: enough to see what the figures are about, not to judge by.
+SHORT = train.MICRO | dict(n_objects=8, steps_stage1=180, steps_stage2=200)
 
 
 def short_run():

@@ -99,8 +99,13 @@ def test_a_pixel_mixes_by_how_far_apart_place_and_colour_lie_and_is_to_be_full()
     torch.testing.assert_close(figures.variety(rays), expected)
 
 
-def test_of_all_rays_through_the_first_objects_the_one_that_mixes_most_is_drawn(trained):
-    numbers = figures.rays_numbers(trained)
+@pytest.fixture(scope="module")
+def seen_rays(trained):
+    return figures.rays_numbers(trained)
+
+
+def test_of_all_rays_through_the_first_objects_the_one_that_mixes_most_is_drawn(trained, seen_rays):
+    numbers = seen_rays
     volumes = trained.autodecoder(torch.arange(3))
     most = max(figures.variety(figures.cast_rays(volume)).max().item() for volume in volumes)
     assert most > 0
@@ -126,6 +131,24 @@ def test_the_observer_sees_what_is_before_the_object_and_not_what_is_behind_it()
     assert in_sight.tolist() == [True, False, True, True, True]
     torch.testing.assert_close(x[:2], torch.full((2,), 31.5), rtol=0, atol=1e-3)
     assert x[2] > 50 and y[4] < 14
+
+
+def test_panels_and_swatch_are_of_that_ray(seen_rays):
+    figure = figures.draw_rays(seen_rays)
+    rays, pixel = seen_rays.rays, seen_rays.pixel
+    _, thickness, light, weight = figure.axes
+    for axis, values in ((thickness, rays.density), (light, rays.light)):
+        drawn = axis.patches[0].get_data()
+        assert drawn.values == pytest.approx(values[pixel].numpy())
+        assert drawn.edges == pytest.approx(rays.edges[pixel].numpy())
+    for i, bar in enumerate(weight.patches):
+        assert bar.get_height() == pytest.approx(rays.weights[pixel][i].item())
+        assert bar.get_x() == pytest.approx(rays.edges[pixel][i].item())
+        assert bar.get_facecolor()[:3] == pytest.approx(rays.rgb[pixel][i].tolist())
+    assert len(weight.patches) == figures.SAMPLES
+    swatch, = figure.artists
+    assert swatch.get_facecolor()[:3] == pytest.approx(rays.colour[pixel].tolist())
+    assert any(f"{rays.occupancy[pixel]:.2f}" in text.get_text() for text in figure.texts)
 
 
 # ---- normalization -------------------------------------------------------------------------------
@@ -154,12 +177,30 @@ def test_what_is_shown_normalized_is_the_latents_with_ten_extreme_numbers():
 
 def test_latents_are_those_of_all_training_objects(trained):
     numbers = figures.normalization_numbers(trained)
-    with torch.no_grad():
-        one_by_one = []
-        for k in range(3):
-            e = trained.autodecoder.embed(torch.tensor([k]))
-            one_by_one.append(trained.autodecoder.decode_latent(e))
-    torch.testing.assert_close(numbers.latents, torch.cat(one_by_one))
+    for k in range(3):
+        e = trained.autodecoder.embed(torch.tensor([k]))
+        latent = trained.autodecoder.decode_latent(e)
+        torch.testing.assert_close(numbers.latents[k:k + 1], latent)
+    assert len(numbers.latents) == 3
+
+
+def test_lines_and_steps_are_those_numbers():
+    latents = 2 * random(50, 16, 4, 4, 4, dtype=torch.float32) + 1
+    numbers = figures.measure_latents(latents)
+    raw, divisors, normalized = figures.draw_normalization(numbers).axes
+    shown = figures.EXTREMES.index(figures.SHOWN)
+    for i, mode in enumerate(figures.MODES):
+        assert raw.lines[i].get_ydata()[50] == pytest.approx(
+            figures.bell(torch.tensor(0.0), numbers.m[mode][0], numbers.s[mode][0]).item())
+        assert divisors.lines[i].get_xdata() == pytest.approx(figures.EXTREMES)
+        assert divisors.lines[i].get_ydata() == pytest.approx(numbers.s[mode].numpy())
+        assert divisors.texts[i].get_text() == f"{numbers.s[mode][shown]:.1f}"
+        values, edges, _ = normalized.patches[i].get_data()
+        counted = torch.histc(numbers.latents_hat[mode], len(values), edges[0], edges[-1])
+        assert values / values.sum() == pytest.approx((counted / counted.sum()).numpy(), abs=1e-3)
+        assert (values * (edges[1:] - edges[:-1])).sum() == pytest.approx(1)
+    heights = [bar.get_height() for bar in raw.patches]
+    assert sum(heights) * raw.patches[0].get_width() == pytest.approx(1)
 
 
 def test_a_bell_is_the_density_of_a_gaussian():
@@ -368,7 +409,7 @@ def test_the_puppet_looks_in_every_pose_as_it_truly_does(puppet):
 def test_the_first_view_is_the_canonical_one_and_all_others_differ(puppet):
     cam2world, _ = data.fixed_camera(1)
     torch.testing.assert_close(puppet.cameras[0], cam2world.expand(6, 4, 4), rtol=0, atol=1e-5)
-    assert puppet.views[0]["rgb"].shape[-1] == 2 * figures.VIEW
+    assert puppet.views[0]["rgb"].shape[-1] > figures.VIEW
     for t in range(2, len(puppet.views)):
         assert (puppet.views[t]["rgb"] - puppet.views[1]["rgb"]).abs().mean() > 0.01
 
@@ -378,6 +419,31 @@ def test_a_part_is_painted_in_its_colour_and_a_mixture_in_between():
     colours = torch.tensor([[1.0, 0, 0], [0, 0, 1]])
     picture = figures.paint({"parts": shares, "occupancy": shares.sum(0, keepdim=True)}, colours)
     assert picture[:, 0].T.tolist() == [[1, 0, 0], [0.5, 0, 0.5], [1, 1, 1]]
+
+
+def test_the_drawing_has_each_part_in_its_colour_and_below_one_part_alone(puppet):
+    canonical, stacked, *rows = figures.draw_skinning(puppet).axes
+    colours = figures.colours_of_parts(6)
+    assert len({tuple(colour) for colour in colours.tolist()}) == 6
+    alone = torch.full((6, 3), 0.85)
+    alone[data.LEFT_ARM] = colours[data.LEFT_ARM]
+    shown = [axis.images[0].get_array() for axis in (canonical, *rows)]
+    assert (shown[0] == sample.to_uint8(figures.paint(puppet.views[0], colours))).all()
+    for i, view in enumerate(puppet.views[1:]):
+        seen = sample.on_white(view["rgb"], view["occupancy"])
+        assert (shown[1 + i] == sample.to_uint8(seen)).all()
+        assert (shown[5 + i] == sample.to_uint8(figures.paint(view, colours))).all()
+        assert (shown[9 + i] == sample.to_uint8(figures.paint(view, alone))).all()
+    assert len(stacked.collections) == 6
+    top = stacked.collections[-1].get_paths()[0].vertices[:, 1].max()
+    assert top == pytest.approx(1)
+    # The line begins in the middle of the picture and ends in the arm, which is orange.
+    x, y = canonical.lines[0].get_data()
+    size = len(shown[0])
+    assert x[0] == pytest.approx(size / 2, abs=0.05 * size) and x[-1] > 0.75 * size
+    column, row = round(x[-60]), round(y[-60])
+    apart = torch.tensor(shown[0][row, column]) / 255 - colours[data.LEFT_ARM]
+    assert apart.abs().max() < 0.1
 
 
 def test_a_moving_run_shows_what_it_has_learned(tmp_path):
