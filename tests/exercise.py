@@ -10,11 +10,16 @@ An exercise is a file of tests/exercises/: what is to be written, what is claime
 is tried, which mistakes are likely. Here is what they have in common: how a body is taken out, how
 a solution is asked, how the answer is shown.
 
-A solution is asked in a process of its own (exercises/child.py), with a time limit. Of a student's
-folder one file is read, the exercise's; all others are the project's own. The process gets numbers
-and the way to ask; what is right stays here, and here the points are given. So a solution that
-hangs, ends or prints what it likes loses points and does no harm. What this does not do: whoever
-pastes the published function has a right solution. --grade says so ("as published"), no more.
+    here                                      in a process of its own: exercises/child.py
+    numbers, drawn anew        ----------->   a copy of the project, with the student's one file
+    how each claim asks        ----------->   calls the function: an answer, or what stopped it
+    what is right, the points  <-----------   tensors and plain values
+
+Of a student's folder one file is read, the exercise's; all others are the project's own, as handed
+out. What is right never goes over. So a solution that hangs, ends, prints what it likes or looks
+for the original loses points and does no harm. What this does not do: whoever pastes the published
+function has a right solution; --grade says so ("as published"), no more. And it is a fence, not a
+prison: grade strangers' work on a machine that may break.
 
 Read next: exercises/integrate.py, the first grader; exercises/child.py.
 """
@@ -46,6 +51,7 @@ import exercises  # noqa: E402
 from data import BadInput, Parser, make_folder, run_cli, writing  # noqa: E402
 
 FILES = ("render", "data", "autodecoder", "normalize", "diffusion", "sample", "train")
+# What a student gets. Not tests/, which hold the answers, nor docs/, nor the history.
 COPIED = (*[f"{name}.py" for name in FILES], "README.md", "LICENSE", "requirements.txt")
 SHEET = "TASK.md"                # in a student's folder: what to do
 SECONDS = 60                     # a solution may take; the right ones take one or two
@@ -59,6 +65,8 @@ SHAPE = r"#\s+(\([^()]*\)(?:, \([^()]*\))*)"
 
 
 # ---- What is to be written -----------------------------------------------------------------------
+# Nothing of the functions is written down a second time: where they begin, what stays of them and
+# how long they are is read from the project's files. An exercise says only what they are called.
 def original(exercise):
     """The file that an exercise is about, with the published solution in it."""
     return exercises.home(exercise, ROOT) / exercise.FILE
@@ -88,7 +96,7 @@ def head_of(text, node):
     Signature, docstring, and the checks of the input, which are neither the method nor a lesson.
     """
     lines = text.splitlines()
-    last = node.lineno                                   # counted from 1
+    last = node.lineno                                   # counted from 1, as ast does
     while not lines[last - 1].rstrip().endswith(":"):
         last += 1
     if ast.get_docstring(node):
@@ -116,7 +124,10 @@ def lines_to_write(exercise):
 
 
 def waypoints(text, node):
-    """Names of the body that carry a shape comment, with that shape: [("weight", "(B,)"), ...]."""
+    """Names of the body that carry a shape comment, with that shape: [("weight", "(B,)"), ...].
+
+    They say by which stations one may go, and not how to get there.
+    """
     lines = text.splitlines()
     found = []
     for statement in ast.walk(node):
@@ -130,6 +141,7 @@ def waypoints(text, node):
 
 
 # ---- Taking it out -------------------------------------------------------------------------------
+# By line numbers, not by ast.unparse: that would lose all comments, and they are the lesson.
 def blank(text, name, number):
     """The text of a file without the body of one function. All else stays as it is, to the byte."""
     node = find(text, name)
@@ -243,11 +255,13 @@ def write_exercise(exercise, folder):
 
 
 # ---- Asking a solution ---------------------------------------------------------------------------
+# The student's file is never imported here, only read as bytes and laid into a copy: to import is
+# to run.
 def write_questions(exercise, given, folder):
     """What the child needs to know: how to ask, and with which numbers. No answers."""
     asks = [claim.ask for claim in exercise.CLAIMS] + [exercise.PICTURE.ask]
     text = "import math\n\nimport torch\nimport torch.nn.functional as F\n"
-    for ask in dict.fromkeys(asks):
+    for ask in dict.fromkeys(asks):                      # several claims may ask alike
         text += "\n\n" + inspect.getsource(ask)
     text += "\n"
     for i, ask in enumerate(asks):
@@ -347,6 +361,8 @@ def ask(exercise, solutions, seed, seconds=SECONDS, quiet=False):
 
 
 # ---- Judging the answers -------------------------------------------------------------------------
+# One mistake should cost the points of one claim. So judges take what another claim is about as the
+# student has it, right or wrong; and where a claim fails, its hint is of that claim alone.
 @dataclass
 class Verdict:
     """What became of one claim. hint: "" where it holds."""
@@ -360,7 +376,7 @@ class Verdict:
 
 def judge(claim, given, answer):
     """Whether a claim holds of an answer: "", or a hint. An answer may be anything."""
-    if "stopped" in answer:
+    if "stopped" in answer:                              # an error, or the end of the process
         reason = answer["stopped"]
         if reason.startswith("NotImplementedError: exercise"):
             return "not written yet"
@@ -402,6 +418,8 @@ def is_as_published(exercise, content):
 
 
 # ---- Showing what came out -----------------------------------------------------------------------
+# A dozen lines and a picture. Who calls the function in turn does not appear: their tests would
+# fail, too, and say nothing new.
 def coloured(word, colour):
     """A word in red or green, where a person looks at it."""
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
@@ -546,6 +564,7 @@ def grade_one(exercise, folder, seed, seconds):
     if not (folder / exercise.FILE).is_file():
         return 0, [f"no {exercise.FILE}"]
     content = (folder / exercise.FILE).read_bytes()
+    # quiet: standard output is the table's, and nobody else's.
     given, answers = ask(exercise, [content], seed, seconds, quiet=True)
     verdicts = judge_all(exercise, given, answers[0])
     remarks = [verdict.hint for verdict in verdicts if verdict.hint]
@@ -555,7 +574,12 @@ def grade_one(exercise, folder, seed, seconds):
 
 
 def grade(folders, number, seed, seconds):
-    """A table on standard output, a line a student: points by exercise, their sum, remarks."""
+    """A table on standard output, a line a student: points by exercise, their sum, remarks.
+
+    All are asked with the same numbers, so that the same work has the same points. Each line is
+    written when it is known: what was graded before a Ctrl-C stays.
+    """
+    # First all folders are looked at: a typing error should not come up after an hour.
     students = {folder: handed_in(folder, number) for folder in folders}
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["folder", *EXERCISES, "sum", "remarks"])
