@@ -5,7 +5,7 @@
 
 Paper: Sec. 3.2 (stage 1), Sec. 3.3 (stage 2), Tab. 5 and App. C.2 (the numbers).
 Shapes: B objects a step, V views of each, C channels, H = W side of a picture, N dataset objects.
-Simplified: one device, float32, no data loader: the frames fit in memory, or are in a cache.
+Simplified: float32, no data loader: the frames fit in memory, or are in a cache.
 Read next: sample.py
 """
 import copy
