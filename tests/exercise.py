@@ -1,6 +1,7 @@
 """A course: functions are taken out of the project, and a student puts them back.
 
     python tests/exercise.py                        the exercises, in the order of the method
+    python tests/exercise.py 3                      what is to be done in exercise 3
     python tests/exercise.py 3 --out FOLDER         makes FOLDER: the project without that function
     python tests/exercise.py 3 --check FOLDER       tries what was written there: points, hints
     python tests/exercise.py --all OUT              OUT/exercise-01 and so on: for a whole class
@@ -48,7 +49,7 @@ sys.path.insert(0, str(HERE))
 import torch  # noqa: E402
 
 import exercises  # noqa: E402
-from data import BadInput, Parser, make_folder, run_cli, writing  # noqa: E402
+from data import BadInput, Parser, check_number, make_folder, run_cli, writing  # noqa: E402
 
 FILES = ("render", "data", "autodecoder", "normalize", "diffusion", "sample", "train")
 # What a student gets. Not tests/, which hold the answers, nor docs/, nor the history.
@@ -618,7 +619,9 @@ def main(arguments=None):
         raise BadInput("which exercise? For example: python tests/exercise.py 1 --out FOLDER")
     if args.number is not None and args.all:
         raise BadInput(f"--all makes all of them; for one: {args.number} --out FOLDER")
+    check_number("--limit", args.limit, (1, 3600))
     seed = secrets.randbits(31) if args.seed is None else args.seed
+    check_number("--seed", seed, (0, 2**31 - 1))
     if args.all:
         write_all(args.all)
     elif args.grade:

@@ -8,6 +8,7 @@ import io
 import shutil
 import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -273,6 +274,10 @@ CHEATS = {
     import render
     return render.integrate(density, rgb, edges)
 """,
+    "imports what PYTHONPATH leads to": """
+    import planted
+    return planted.integrate(density, rgb, edges)
+""",
     "runs another program": """
     import subprocess
     subprocess.run(["python", "--version"])
@@ -317,11 +322,14 @@ def cheated():
     """Verdicts of all cheats, in one process but for the last, which ends it."""
     *names, last = CHEATS
     verdicts = {}
-    for group in (names, [last]):
-        contents = [cheating(CHEATS[name]).encode() for name in group]
-        given, answers = exercise.ask(EXERCISES[1], contents, seed=0, seconds=300, quiet=True)
-        for name, answer in zip(group, answers):
-            verdicts[name] = exercise.judge_all(EXERCISES[1], given, answer)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        shutil.copy(ROOT / "render.py", Path(folder) / "planted.py")
+        patch.setenv("PYTHONPATH", folder)
+        for group in (names, [last]):
+            contents = [cheating(CHEATS[name]).encode() for name in group]
+            given, answers = exercise.ask(EXERCISES[1], contents, seed=0, seconds=300, quiet=True)
+            for name, answer in zip(group, answers):
+                verdicts[name] = exercise.judge_all(EXERCISES[1], given, answer)
     return verdicts
 
 
@@ -336,9 +344,11 @@ def test_who_does_not_calculate_has_no_points_and_is_told_why(name):
         assert verdicts[-1].hint.startswith("its process ended by itself (exit status 0)")
         return
     assert exercise.points_of(verdicts) == 0
-    if name != "says that it is right":
+    if "PYTHONPATH" in name:
+        assert "No module named 'planted'" in said
+    elif name != "says that it is right":
         assert "PermissionError: it may not" in said and "(render.py, line " in said
-    if "imports" in name:
+    if "the original" in name or "by its folder" in name:
         assert f"open {ROOT / 'render.py'}" in said
 
 
@@ -439,6 +449,11 @@ def test_the_list_has_a_line_for_everything_that_one_wants_to_know(capsys):
         assert all(name in entry for name in one.WRITE)
 
 
+def test_a_number_alone_says_what_is_to_be_done(capsys):
+    exercise.main(["3"])
+    assert capsys.readouterr().out == exercise.sheet(EXERCISES[3], "FOLDER") + "\n"
+
+
 def test_all_makes_every_exercise_and_grade_a_table_of_them(tmp_path, capsys):
     exercise.main(["--all", str(tmp_path / "class")])
     folders = sorted(path.name for path in (tmp_path / "class").iterdir())
@@ -477,6 +492,8 @@ def test_the_published_solution_is_recognized_but_not_another_one():
     (["1", "--out", "full"], "is there already, and not empty"),
     (["1", "--check", "nowhere"], "no render.py there"),
     (["1", "--all", "new"], "--all makes all of them"),
+    (["1", "--check", "full", "--limit", "nan"], "--limit must be between 1 and 3600"),
+    (["1", "--check", "full", "--seed", "-1"], "--seed must be between 0 and 2147483647"),
     (["--grade", "full"], "no exercise there"),
     (["--grade", "nowhere"], "no such folder"),
     (["1", "--chek", "full"], "did you mean --check?")])

@@ -80,11 +80,13 @@ def pixels(render, given):
 
 
 def middle_pixel(generator):
+    """An odd number of pixels, so that one is in the middle; so is the lens."""
     focal = 1 + torch.rand(3, 2, generator=generator)
     return {"intrinsics": torch.cat([focal, torch.full((3, 2), 0.5)], 1), "size": 7}
 
 
 def judge_middle_pixel(given, answer):
+    """Of that pixel alone: neither focal lengths nor which way is up can change its direction."""
     ahead = torch.tensor([0.0, 0.0, -1.0]).expand(3, 3)
     if not compare(answer, by_hand(given, half=0.0, last=1), "no"):
         return ENDS
@@ -96,12 +98,14 @@ def judge_middle_pixel(given, answer):
 
 
 def lopsided_lens(generator):
+    """Four different numbers for each camera: a symmetric lens would hide exchanged ones."""
     focal = 1 + torch.rand(2, 2, generator=generator)
     middle = 0.3 + 0.4 * torch.rand(2, 2, generator=generator)
     return {"intrinsics": torch.cat([focal, middle], 1), "size": 6}
 
 
 def judge_right_and_up(given, answer):
+    """By signs alone: sizes are judged below."""
     to_the_right = answer[:, 2, 1:, 0] - answer[:, 2, :-1, 0]
     downwards = answer[:, 1:, 2, 1] - answer[:, :-1, 2, 1]
     if not compare(answer, by_hand(given).transpose(1, 2), "no"):
@@ -128,6 +132,7 @@ def judge_lens(given, answer):
 
 # ---- In the world --------------------------------------------------------------------------------
 def rays(render, given):
+    """Asks for rays, and for the same pixels in the camera's axes."""
     o, d = render.camera_rays(given["cam2world"], given["intrinsics"], given["size"])
     flat = given["intrinsics"].flatten(0, -2)
     in_camera = render.pixel_directions(flat, given["size"])
@@ -147,6 +152,7 @@ def turned_cameras(generator):
 
 
 def judge_turn(given, answer):
+    """By what the student's own pixel_directions says of the pixels."""
     rotation = given["cam2world"][..., :3, :3].double()
     in_camera = answer["in_camera"].double()
     right = F.normalize(torch.einsum("bvij,bvhwj->bvhwi", rotation, in_camera), dim=-1)
@@ -189,6 +195,7 @@ CLAIMS = (
 
 # ---- The picture: a letter that is no other letter upside down or mirrored ----------------------
 def letter(generator):
+    """An F: no other letter upside down, mirrored or turned."""
     middles = (2 * torch.arange(32) + 1) / 32 - 1
     z, y, x = torch.meshgrid(middles, middles, middles, indexing="ij")
     thin = z.abs() < 0.15

@@ -71,6 +71,7 @@ def make(generator, n_objects, sides, seeds=((1, 2),)):
 
 
 def many_objects(generator):
+    """So many that mean and deviation of their noise levels are known to a few per cent."""
     return make(generator, 4000, (1, 2, 1, 1))
 
 
@@ -103,6 +104,7 @@ def judge_sigma(given, answer):
 
 
 def judge_noise(given, answer):
+    """n is what was added, over sigma: its mean, its deviation, and whether it differs at all."""
     if answer["x"].shape != given["y"].shape:
         return f"x is as y, {tuple(given['y'].shape)}, not {tuple(answer['x'].shape)}"
     noise = noise_of(given, answer)
@@ -118,6 +120,7 @@ def judge_noise(given, answer):
 
 
 def few_objects(generator):
+    """Of several numbers each, so that sums over objects and over numbers differ."""
     return make(generator, 6, (2, 3, 3, 3))
 
 
@@ -136,6 +139,7 @@ def expected(given, answer, weighted="", target="y"):
 
 
 def judge_loss(given, answer):
+    """Mistakes are worked out for the same x and sigma, so they can be told apart."""
     right, _ = expected(given, answer)
     n = given["y"].numel()
     mistakes = [(expected(given, answer, "no")[0], NO_WEIGHT),
@@ -165,6 +169,7 @@ def the_same_seed(generator):
 
 
 def judge_generator(given, answer):
+    """To the bit: a seed that repeats a run nearly is of no use."""
     first, again, other = answer["loss"].tolist()
     if first != again:
         return GENERATOR

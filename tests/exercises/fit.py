@@ -99,12 +99,14 @@ def judge_s(given, answer):
 
 
 def outliers(generator):
+    """Two per cent of all numbers are a million: where densities have no bound, latents may be."""
     given = make(generator)
     given["latents"].view(-1)[::50] = 1e6
     return given
 
 
 def judge_outliers(given, answer):
+    """Not to the digit: quartiles do move a little. But a mean would be 20,000."""
     right = by_hand(given["latents"])
     if abs(float(answer["m"])) > 100:
         return MEAN
@@ -118,6 +120,7 @@ def judge_outliers(given, answer):
 
 
 def per_channel(generator):
+    """Channels of different middles: what mixes them is seen."""
     return make(generator, per_channel=True)
 
 
@@ -141,6 +144,7 @@ def mean_and_deviation(generator):
 
 
 def judge_meanstd(given, answer):
+    """Within a per cent: whether a deviation divides by n or n - 1 is nobody's mistake here."""
     right = by_hand(given["latents"])
     hint = 'mode "meanstd": mean and standard deviation of all numbers'
     return (compare(answer["m"], as_tensor(right.mean)[0], hint, tolerance=1e-2)
@@ -159,6 +163,7 @@ def judge_none(given, answer):
 
 
 def constant_latents(generator):
+    """Nine of ten numbers are 3, as where most of a volume is empty."""
     given = make(generator)
     given["latents"] = torch.full((3, 5, 3, 3, 3), 3.0)
     given["latents"].view(-1)[:40] = torch.randn(40, generator=generator)
@@ -166,6 +171,7 @@ def constant_latents(generator):
 
 
 def judge_constant(given, answer):
+    """By s alone: what m is, is another claim. But fit has to have run."""
     if not answer["is_self"]:
         return RETURN
     deviation = as_tensor(by_hand(given["latents"]).std)[0]
@@ -187,6 +193,7 @@ CLAIMS = (
 
 # ---- The picture: the histogram of Fig. 9 --------------------------------------------------------
 def bell_with_extremes(generator):
+    """What the paper draws in Fig. 9: a bell, and a few numbers far out."""
     latents = 3 + 2 * torch.randn(20, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     latents.view(-1)[::200] = 1e4
     return {"latents": latents, "mode": "robust", "per_channel": False}

@@ -106,10 +106,12 @@ def make(generator, floor, n_steps=1, noise=0.02, off=0.25, K=12):
 
 # ---- What is asked -------------------------------------------------------------------------------
 def a_gradient(generator):
+    """No step: the gradient alone."""
     return make(generator, 0.05, n_steps=0)
 
 
 def judge_gradient(given, answer):
+    """Against autograd; factors of 2 and K are the mistakes that do not show in a picture."""
     right = by_hand(given)["g"]
     mistakes = [(right * 12, "divided by K: the mean over points, and mu means the same for any K"),
                 (-right, "g itself has no minus; d has"), (2 * right, "g is half of the gradient "
@@ -118,6 +120,7 @@ def judge_gradient(given, answer):
 
 
 def strong_floor(generator):
+    """mu is of the size of H: whether it is there is seen at once."""
     return make(generator, 0.3)
 
 
@@ -138,10 +141,12 @@ def judge_step(given, answer):
 
 
 def weak_floor(generator):
+    """error / K^2 is larger than floor^2: both of them show in mu."""
     return make(generator, 0.02, noise=0.1)
 
 
 def judge_mu(given, answer):
+    """With the student's own error, right or wrong."""
     right = by_hand(given, own=answer)["mu"]
     mistakes = [(by_hand(given, floor_power=1, own=answer)["mu"], FLOOR),
                 (by_hand(given, with_error=False, own=answer)["mu"], ERROR_MU),
@@ -186,6 +191,7 @@ def eight_steps(generator):
 
 
 def judge_converged(given, answer):
+    """What it is all for. A step that is a little wrong gets there, too: hence one point."""
     hint = "eight steps from a pose some degrees off lead to the true one"
     return compare(answer["R"], given["true"], hint, tolerance=0.02)
 

@@ -73,10 +73,12 @@ def make(generator, n_prompts, weight):
 
 
 def some_weight(generator):
+    """Between 2 and 4, not the 3 of the paper."""
     return make(generator, 1, None)
 
 
 def mistakes_of(given):
+    """What the likely mistakes come out as, and what is to be said of each."""
     weight = given["weight"]
     return [(by_hand(given, weight + 1), OTHER_WEIGHT), (by_hand(given, 1 - weight), EXCHANGED),
             (by_hand(given, null_mask="text"), ONE_MASK),
@@ -84,6 +86,7 @@ def mistakes_of(given):
 
 
 def judge(given, answer):
+    """The formula itself, for one prompt that all objects share."""
     hint = "D(x | null) + weight (D(x | text) - D(x | null))"
     return compare(answer["D"], by_hand(given), hint, mistakes_of(given))
 
@@ -97,6 +100,7 @@ def weight_zero(generator):
 
 
 def judge_ends(given, answer):
+    """At the two weights where nothing is extrapolated."""
     wanted, other = ("text", "null") if given["weight"] == 1 else ("null", "text")
     hint = f"weight {given['weight']:g} is D(x | {wanted}) alone"
     mistakes = [(by_hand(given, 1 - given["weight"]), f"{hint}, and this is D(x | {other})"),
@@ -105,6 +109,7 @@ def judge_ends(given, answer):
 
 
 def prompts_of_their_own(generator):
+    """Four prompts for four objects, of different lengths."""
     return make(generator, 4, None)
 
 

@@ -90,6 +90,7 @@ def judge_object_one(given, answer):
 
 
 def many_objects(generator):
+    """As many as the paper has at most: products of 50 bits."""
     k = torch.randint(2, 300_000, (40,), generator=generator)
     return make(generator, k, bits=8)
 
@@ -100,6 +101,7 @@ def judge_many_objects(given, answer):
 
 
 def judge_shape(given, answer):
+    """Shape and type; and that rows differ at all."""
     rows = answer["rows"]
     if rows.shape == (5, 40):
         return "that is (codebooks, B): a row of the result is an object, k[:, None]"
@@ -124,6 +126,7 @@ def judge_large_numbers(given, answer):
 
 
 def pieces(generator):
+    """Of objects 0 and 1, whose rows are there whatever became of mod 2^32."""
     k = torch.tensor([0, 1, 1, 0, 1, 0])                 # rows are there, mod 2^32 or not
     return make(generator, k, bits=4, with_pieces=True)
 

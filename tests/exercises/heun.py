@@ -52,6 +52,7 @@ def schedule(given):
 
 
 def gamma_of(given, sigma, cap=math.sqrt(2) - 1, bounds=True):
+    """How far sigma is raised. Mistakes: no cap, no bounds."""
     if bounds and not given["S_min"] <= sigma <= given["S_max"]:
         return 0.0
     return min(given["S_churn"] / given["steps"], cap)
@@ -111,10 +112,12 @@ def make(generator, shape, steps, S_churn, leaves_x_alone):
 
 
 def no_churn(generator):
+    """Nine steps, of a denoiser that is a curve."""
     return make(generator, (2, 3, 2, 2, 2), 9, 0, leaves_x_alone=False)
 
 
 def judge_start(given, answer):
+    """By the first call of D."""
     right = given["noise"].double() * given["sigma_max"]
     hint = "the first x is the noise times sigma_0 = sigma_max"
     mistakes = [(given["noise"].double(), "noise has deviation 1; the first x sigma_max")]
@@ -124,6 +127,7 @@ def judge_start(given, answer):
 
 
 def judge_heun(given, answer):
+    """By where it ends: each mistake in a step ends elsewhere."""
     mistakes = [(without_churn(given, "none"), EULER), (without_churn(given, share=1), HALF),
                 (without_churn(given, "here"), AT_HAT)]
     hint = "without churn x_hat is x_i, and each step as above: compare the first by hand, D = 0"
@@ -131,6 +135,7 @@ def judge_heun(given, answer):
 
 
 def judge_last(given, answer):
+    """By the calls of D: two in each step, but for the last."""
     if not answer["end"].isfinite().all() or min(answer["sigma"]) == 0:
         return LAST
     n_calls = len(answer["sigma"])
@@ -164,6 +169,7 @@ def levels_called(given, cap=math.sqrt(2) - 1, bounds=True):
 
 
 def judge_levels(given, answer):
+    """By the sigma of all calls, whatever x was."""
     found = torch.tensor(answer["sigma"])
     mistakes = [(levels_called(given, cap=1e9), CAP), (levels_called(given, bounds=False), BOUNDS),
                 (levels_called(given, 1e9, False), f"{CAP}; and {BOUNDS}"),

@@ -85,6 +85,7 @@ def random_rays(generator, *shape):
 
 
 def one_density(generator):
+    """Unequal intervals: what takes them for equal is found out further below."""
     given = random_rays(generator, 5, 12)
     given["density"] = given["density"][:, :1].expand(5, 12).contiguous()
     return given
@@ -96,6 +97,7 @@ def judge_one_density(given, answer):
 
 
 def two_layers(generator):
+    """Something, nothing, something: three intervals can be worked out on paper."""
     given = random_rays(generator, 4, 3)
     given["density"][:, 1] = 0                           # in front, nothing, behind
     return given
@@ -129,6 +131,7 @@ def thin_fog(generator):
 
 
 def judge_thin_fog(given, answer):
+    """In float32, as in training: float64 would lose it only at 1e-17."""
     if not compare(answer["occupancy"], torch.zeros(3), "no"):
         return THIN
     hint = "fog of one interval and tau = 1e-9 stops 1e-9 of the light"
@@ -136,12 +139,14 @@ def judge_thin_fog(given, answer):
 
 
 def last_interval(generator):
+    """So thin that a wall would be seen."""
     given = random_rays(generator, 4, 8)
     given["density"] *= 0.1
     return given
 
 
 def judge_last_interval(given, answer):
+    """NeRF's first code had an interval of 1e10 here, for scenes without an end."""
     lengths = given["edges"].double().diff(dim=-1)
     lengths[:, -1] = 1e10
     endless = by_hand(given, lengths=lengths)["occupancy"]
@@ -191,6 +196,7 @@ CLAIMS = (
 
 # ---- The picture: a translucent red ball in front of a blue one ---------------------------------
 def two_balls(generator):
+    """Thin fog in front of something solid: T_i decides what is seen of the latter."""
     middles = (2 * torch.arange(24) + 1) / 24 - 1
     z, y, x = torch.meshgrid(middles, middles, middles, indexing="ij")
     red = (x + 0.25)**2 + y**2 + (z - 0.45)**2 < 0.2

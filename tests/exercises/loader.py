@@ -168,6 +168,7 @@ def judge_order(given, answer):
 
 
 def judge_focal(given, answer):
+    """Of the photo's side, 24, not of the size asked for, 8."""
     focal, side = given["focal"], 24
     right = torch.tensor([focal / side, focal / side, 0.5, 0.5]).expand(5, 4)
     pixels = torch.tensor([focal, focal, 0.5, 0.5]).expand(5, 4)

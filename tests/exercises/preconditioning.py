@@ -41,6 +41,7 @@ def make(generator):
 
 
 def judge_c_skip(given, answer):
+    """The first of four that are judged alike: each mistake is another formula."""
     sigma, sd = given["sigma"].double(), given["sigma_data"]
     total = sigma**2 + sd**2
     hint = "c_skip is 1 where there is little noise, keep x, and 0 where there is nothing else"
@@ -82,6 +83,7 @@ def judge_c_noise(given, answer):
 
 
 def of_other_shapes(generator):
+    """As the denoiser hands it over, (B, 1, 1, 1, 1), but for one axis more that is not 1."""
     given = make(generator)
     given["sigma"] = given["sigma"].view(4, 1, 3, 1, 1)
     return given

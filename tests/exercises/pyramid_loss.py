@@ -91,6 +91,7 @@ def make(generator, side, levels, all_maps=True, with_gradient=False):
 
 
 def one_level_one_map(generator):
+    """Nothing but the distance of two pictures."""
     return make(generator, 8, 1, all_maps=False)
 
 
@@ -103,6 +104,7 @@ def judge_one_map(given, answer):
 
 
 def one_level(generator):
+    """Three maps of different sizes: a mean over all of their numbers is another one."""
     return make(generator, 8, 1)
 
 
@@ -122,14 +124,17 @@ def judge_loss(given, answer):
 
 
 def three_levels(generator):
+    """From 16 to 4 pixels."""
     return make(generator, 16, 3)
 
 
 def small_pictures(generator):
+    """More levels are asked for than there are."""
     return make(generator, 8, 6)
 
 
 def judge_small(given, answer):
+    """8, 4 and 2 pixels: three levels."""
     if is_right_but_for_the_distance(given, answer):
         return ""
     hint = f"{TOO_SMALL}: from 8 x 8 there are 3 levels"
@@ -168,6 +173,7 @@ CLAIMS = (
 
 # ---- The picture: the loss of a square that is not where it should be ---------------------------
 def squares(generator):
+    """Nothing random: the picture is always the same."""
     return {}
 
 

@@ -106,6 +106,7 @@ def forward(autodecoder, given):
 
 
 def same_sides(generator):
+    """Three different sides: exchanged axes would be seen."""
     return make(generator, 4, 3, False, (3, 4, 5))
 
 
@@ -114,6 +115,7 @@ def twice_the_sides(generator):
 
 
 def equal_channels(generator):
+    """Where the shortcut has nothing to learn."""
     return make(generator, 4, 4, False, (3, 4, 5))
 
 
@@ -129,6 +131,7 @@ def judge_shape(given, answer):
 
 
 def judge_layers(given, answer):
+    """By name and shape, as a checkpoint has them; a matrix may be a convolution of 1x1x1."""
     for name, shape in shapes_of_weights(given).items():
         if name not in answer:
             return f"there is no {name}: the layers are conv1, conv2, norm1, norm2 and shortcut"
@@ -147,6 +150,7 @@ def judge_identity(given, answer):
 
 
 def judge_forward(given, answer):
+    """With weights that are given: what a block of its own would answer is anybody's guess."""
     right = by_hand(given)
     mistakes = [(by_hand(given, behind=True), BEHIND),
                 (by_hand(given, first=False, behind=True), BEHIND),

@@ -65,6 +65,7 @@ def make(generator, P):
 
 # ---- What is asked -------------------------------------------------------------------------------
 def one_part(generator):
+    """As rigid subjects are: four channels, none of them for skinning."""
     given = make(generator, 1)
     given["skin"] = given["skin"][:, :0].contiguous()    # volumes of one part have none
     return given
@@ -79,10 +80,12 @@ def judge_one_part(given, answer):
 
 
 def three_parts(generator):
+    """Three, so that weights are no complements of one another."""
     return make(generator, 3)
 
 
 def judge_sums(given, answer):
+    """Whatever the weights are."""
     w = answer["w"]
     if w.shape != (2, 3, 3, 4):
         return f"w is (B, P, R, S), (2, 3, 3, 4) here, not {tuple(w.shape)}"
@@ -93,6 +96,7 @@ def judge_sums(given, answer):
 
 
 def judge_weights(given, answer):
+    """In float64, part by part, without sample_skin."""
     x = points_of_parts(given)
     read = logits(given, x)
     at_first = logits(given, x[:, :1].expand_as(x))
