@@ -295,8 +295,7 @@ MUTANTS = [
     ("train", "first_sampling(settings, args.out, device)",
      'first_sampling(settings, args.out, "cpu")'),
     # ... and many processes
-    ("train", "network.forward = inner if processes() == 1 else averaging(network, inner, device)",
-     "network.forward = inner"),
+    ("train", "network.forward = averaging(network, inner, device)", "network.forward = inner"),
     ("train", 'name = f"{name} rank {rank()}"', 'name = f"{name}"'),
     ("train", "objects_per_step=settings.objects_per_step // processes()",
      "objects_per_step=settings.objects_per_step"),
