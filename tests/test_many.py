@@ -218,10 +218,12 @@ def diffuse_jointly(settings, first):
     return state, losses
 
 
-def assert_near(found, model):
-    """A state dict and a network, to 1e-4."""
+def assert_near(found, model, idle=()):
+    """A state dict and a network, to 1e-4; idle: names of weights that change nothing."""
     assert found.keys() == model.state_dict().keys()
     for name, weight in model.named_parameters():
+        if name in idle:
+            continue
         torch.testing.assert_close(found[name], weight.data, rtol=0, atol=1e-4, msg=name)
 
 
@@ -234,7 +236,13 @@ def test_two_processes_learn_what_one_learns_from_the_objects_of_both(run, norm,
     _, settings = train.parse([*FLAGS, "--norm", norm])
     decoder, losses = learn_jointly(settings)
     assert logged(pair.folder / run, "1") == pytest.approx(losses, rel=1e-4)
-    assert_near(weights(pair.folder / run, 1), decoder)
+    idle = ()
+    if norm == "batch":
+        # What these add to a channel, the head's batch norm takes away: their gradients are but
+        # rounding, of which Adam makes whole steps.
+        idle = ("levels.0.0.norm2.bias", "levels.0.0.shortcut.bias")
+        assert len(decoder.levels) == 1
+    assert_near(weights(pair.folder / run, 1), decoder, idle)
 
 
 def test_two_processes_diffuse_what_one_diffuses_with_the_noise_of_both_and_its_text_too(pair):
