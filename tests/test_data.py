@@ -2372,7 +2372,8 @@ def test_a_cache_that_was_cut_or_changed_is_named_and_what_to_do(damage, kept_co
 def test_a_file_of_another_cache_is_named(file, things, kept_copy, tmp_path):
     data.write_cache(things, tmp_path / "other", data.Reading(16, max_frames=500), "chair,lamp")
     shutil.copy(tmp_path / "other" / file, kept_copy)
-    with pytest.raises(BadInput, match=f"cut or changed; .* --data {re.escape(str(things))} --cache"):
+    says = f"cut or changed; .* --data {re.escape(str(things))} --cache"
+    with pytest.raises(BadInput, match=says):
         data.load(kept_copy, 16, max_frames=500 if file == data.ABOUT else 2000)
 
 
