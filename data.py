@@ -3200,7 +3200,7 @@ def photographed_object(one, reading):
 
 
 def build_each(chosen, build, reading):
-    """Yields name and Capture of each of a list of Found that can be built."""
+    """Yields name and Capture of each of a list of Found; what cannot be built is left out."""
     for one in telling(chosen, "data    | objects"):
         capture = None
         with reading.trying("object", one.name):
@@ -3263,9 +3263,9 @@ def load_for(settings, source):
 # for the file, and the system fetches what somebody looks at. A frame's colour and mask lie
 # together, 16 KiB at 64 x 64, so a step of 64 frames fetches 1 MiB, however many objects there are.
 #
-# Both are hashed whole whenever they are read. To look at size and date alone would be faster, and
-# wrong: disks rot without a new date, and a copy has a new one though nothing has changed. No hash
-# tells that the source has changed since: a cache stays what the source was.
+# Both are hashed whole whenever they are read: 7.3 GiB in 7 s. To look at size and date alone would
+# be faster, and wrong: disks rot without a new date, and a copy has a new one though nothing has
+# changed. No hash tells that the source has changed since: a cache stays what the source was.
 FRAMES = "frames.cache"
 ABOUT = "frames.cache.json"
 FORMAT = 1                       # of both; a higher one where older caches would be misread
