@@ -146,6 +146,9 @@ def test_panels_and_swatch_are_of_that_ray(seen_rays):
         assert bar.get_x() == pytest.approx(rays.edges[pixel][i].item())
         assert bar.get_facecolor()[:3] == pytest.approx(rays.rgb[pixel][i].tolist())
     assert len(weight.patches) == figures.SAMPLES
+    lines = [line for line in figure.axes[0].lines if line.get_color() == "black"]
+    _, ray, near, far = lines                            # faint, in sight, and two marks on it
+    assert ray.get_xdata()[0] < near.get_xdata() < far.get_xdata() < ray.get_xdata()[-1]
     swatch, = figure.artists
     assert swatch.get_facecolor()[:3] == pytest.approx(rays.colour[pixel].tolist())
     assert any(f"{rays.occupancy[pixel]:.2f}" in text.get_text() for text in figure.texts)
@@ -352,8 +355,31 @@ def test_the_magnified_step_is_corrected_towards_the_path_and_begins_with_churn(
     assert (step.end.x - true).norm() < 0.5 * (step.trial.x - true).norm()
     added = (step.begin.x - step.before.x).std().item()
     assert added == pytest.approx(1.003 * here, rel=0.02)      # sqrt(2 sigma^2 - sigma^2)
+    assert len(step.curve) == 1 + 40
+
+
+def test_the_number_that_is_magnified_is_not_the_largest_but_the_one_most_corrected():
+    variance = torch.tensor([9.0, 0.05], dtype=F64)[:, None, None, None]         # of two channels
+
+    def of_two_gaussians(x, sigma):
+        return x * variance / (variance + sigma**2)
+
+    _, asked = figures.record(of_two_gaussians, random(1, 2, 4, 4, 4), figures.STEPS)
+    sigmas = figures.diffusion.sigma_steps(figures.STEPS)
+    step = figures.magnify(of_two_gaussians, sigmas, asked[0::2], asked[1::2])
     correction = (step.end.x - step.trial.x).flatten().abs()
     assert correction[step.number] == correction.max()
+    assert step.end.x.abs().argmax() < 64 <= step.number
+
+
+def test_a_step_without_churn_is_not_magnified_even_if_it_is_corrected_most():
+    def changes_its_mind(x, sigma):                      # between the second step and the third
+        return of_a_gaussian(x, sigma) + (1e6 if sigma > 53 else 0)
+
+    _, asked = figures.record(changes_its_mind, random(1, 2, 4, 4, 4), figures.STEPS)
+    sigmas = figures.diffusion.sigma_steps(figures.STEPS)
+    step = figures.magnify(changes_its_mind, sigmas, asked[0::2], asked[1::2])
+    assert step.begin.sigma > sigmas[step.i]
 
 
 def test_in_the_drawing_every_step_starts_where_the_last_one_ended(path):
