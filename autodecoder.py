@@ -201,7 +201,7 @@ def pyramid_loss(features, rendered, true, levels=3):
 
     features        f: (B, 3, H, W) -> list of maps (B, ...), one per i. PAPER: layers of VGG-19
     rendered, true  (B, 3, H, W) in [0, 1]; ValueError where their shapes differ
-    levels          D_l halves l times: sides 1, 1/2, 1/4, as in Unsupervised Volumetric Animation
+    levels          l = 0 to levels - 1; D_l halves l times, as in Unsupervised Volumetric Animation
     """
     if rendered.shape != true.shape:
         raise ValueError(f"rendered {tuple(rendered.shape)} and true {tuple(true.shape)} differ")

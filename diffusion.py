@@ -117,7 +117,7 @@ def edm_sampler(denoise, noise, steps, S_churn=40, S_min=0.05, S_max=50, S_noise
     denoise    any callable (x float64, sigma a float) -> D, as x
     steps      PAPER: 64; also 16 and 32
     S_churn    how much churn, at sigmas from S_min to S_max; 0: none. PAPER: some. AMBIGUOUS: how
-               much. OURS: EDM's for ImageNet-64 (256 steps; up to 96 the cap below decides)
+               much. OURS: EDM's for ImageNet-64 (256 steps; to 96, gamma is at its cap)
     S_noise    > 1, as D takes away a little too much noise
     generator  of the churn, see fresh_noise
     """

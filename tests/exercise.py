@@ -226,7 +226,7 @@ The docstrings there say what goes in and what comes out. Where a body is missin
 
 {exercise.TASK}
 
-Check it, as often as you like, with
+Check it, as often as you like, from the folder of the project that made this one:
 
     python {shorter(script)} {number} --check {folder}
 

@@ -19,8 +19,9 @@ CHANGED = ()
 MINUTES = 20
 TASK = """\
 Each object of the batch gets a sigma of its own, and each of its numbers noise of its own. sd is
-sigma_data. `denoise` is called as denoise(x, sigma), with x as y and sigma (B,). All that is random
-is drawn with torch.randn(shape, generator=generator), so that a seed repeats it."""
+sigma_data. `denoise` is called as denoise(x, sigma), with x as y and sigma (B,). The mean is over
+all objects and all their numbers. All that is random is drawn with torch.randn(shape,
+generator=generator), in any order, so that a seed repeats it; .to(y) brings it to y's device."""
 
 ONE_SIGMA = "each object has a sigma of its own: draw B of them, not one for the whole batch"
 SQUARE = "the weight's denominator is squared: (sigma sd)^2"
@@ -198,13 +199,14 @@ def standard(generator):
 def draw(figure, given, answer):
     upper, lower = figure.subplots(2, 1)
     upper.hist(answer["sigma"].log().numpy(), bins=40, range=(-6, 4))
-    upper.set_title("ln sigma of 2000 objects (drawn anew: not dot by dot the same)", fontsize=9)
+    upper.set_title("how often each ln sigma is drawn, of 2000", fontsize=9)
     noisy = answer["x"][:, 0, 0, 0, 0]
     lower.scatter(answer["sigma"].numpy(), noisy.numpy(), s=2)
     lower.set_xscale("log")
     lower.set_xlim(0.005, 20)
     lower.set_ylim(-8, 8)
     lower.set_title("x over sigma: at first y, then ever more noise", fontsize=9)
+    lower.set_xlabel("sigma (another draw has other dots)", fontsize=8)
 
 
 PICTURE = Picture(standard, loss, draw)

@@ -18,9 +18,10 @@ CHANGED = ()
 MINUTES = 25
 TASK = """\
 Set self.m and self.s, tensors of the latents' type, and return self. self.mode says what they are:
-"robust", as above; "meanstd", mean and standard deviation; "none", 0 and 1. They are of all numbers
-together, of shape (); with self.per_channel of each channel, of shape (1, C, 1, 1, 1). Where s is 0
-(half of the numbers are the same) divide by 1 instead.
+"robust", as above; "meanstd", mean and standard deviation (torch's own, .std()); "none", 0 and 1.
+They are of all numbers together, of shape (); with self.per_channel of each channel, of shape
+(1, C, 1, 1, 1). Where s is 0 (half of the numbers are the same) set it to 1. self.spread is not
+your matter: normalize uses it.
 TRAP: torch.quantile refuses more than 16 million numbers; numpy's does not."""
 
 FACTOR = "the interquartile range of a Gaussian is 1.349 deviations: times 0.7413"
@@ -188,7 +189,7 @@ CLAIMS = (
           judge_per_channel),
     Claim(1, "mean and deviation where the mode says so", mean_and_deviation, fit, judge_meanstd),
     Claim(1, "mode none changes nothing; fit returns self", none, fit, judge_none),
-    Claim(1, "a spread of 0 is not divided by", constant_latents, fit, judge_constant))
+    Claim(1, "an s of 0 becomes 1", constant_latents, fit, judge_constant))
 
 
 # ---- The picture: the histogram of Fig. 9 --------------------------------------------------------

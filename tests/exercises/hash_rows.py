@@ -158,7 +158,7 @@ CLAIMS = (
 
 # ---- The picture: rows of the first objects ------------------------------------------------------
 def first_objects(generator):
-    return make(generator, torch.arange(1, 49), bits=8, codebooks=48)
+    return make(generator, torch.arange(48), bits=8, codebooks=48)
 
 
 def draw(figure, given, answer):

@@ -30,7 +30,7 @@ TASK = """\
 Below it stand sigma_steps(steps, sigma_min, sigma_max, rho), which gives sigma_0 ... sigma_{N-1}
 and then 0, and fresh_noise(x, generator), for n: use both. x_0 is `noise` times sigma_0, in float64
 from there on; return what is reached at sigma 0. D is called as denoise(x, sigma), sigma a
-float."""
+float. N is `steps`. Where gamma is 0, n is not needed: whether it is drawn there is up to you."""
 
 EULER = "that is Euler's step alone: Heun's takes the mean of the slopes at both ends"
 HALF = "the mean of the two slopes is half of their sum"
@@ -265,15 +265,15 @@ def draw(figure, given, answer):
     upper.set_yscale("symlog", linthresh=3)
     upper.set_xlim(120, 0.002)
     upper.set_ylim(-400, 400)
-    upper.set_title("12 samples as sigma falls, much churn", fontsize=9)
+    upper.set_title("12 samples as sigma falls; churn may draw other noise", fontsize=9)
     end = answer["end"]
     lower.hist(end.numpy(), bins=60, range=(-1, 3), density=True)
     y = torch.linspace(-1, 3, 100)
     bell = torch.exp(-2 * (y - 1)**2) / (0.5 * math.sqrt(2 * math.pi))
     lower.plot(y.numpy(), bell.numpy(), color="black")
     lower.set_ylim(0, 1.5)
-    lower.set_title(f"ends after 8 steps, no churn: deviation {float(end.std()):.2f}; black, the "
-                    "truth: 0.50", fontsize=9)
+    lower.set_title(f"ends of 8 steps, which are too few: deviation {float(end.std()):.2f}; black: "
+                    "0.50", fontsize=9)
 
 
 PICTURE = Picture(a_bell, paths, draw)

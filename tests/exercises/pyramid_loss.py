@@ -14,8 +14,9 @@ CHANGED = ()
 MINUTES = 15
 TASK = """\
 features(picture) is the list of all f_i(picture), maps of any shape. D_0 is the picture itself, and
-D_{l+1} halves D_l: one pixel is the mean of 2 x 2 (F.avg_pool2d). A picture of fewer than 4 pixels
-a side is compared, but not halved any more: then it was the last level."""
+D_{l+1} halves D_l: one pixel is the mean of 2 x 2 (F.avg_pool2d). A picture whose shorter side has
+fewer than 4 pixels is compared, but not halved any more: that was the last level. The loss is one
+number, with a gradient to `rendered`."""
 
 SQUARED = "|a - b| is an absolute value, not a square"
 HALVE = "each level sees pictures of half the side: halve rendered and true before the next one"

@@ -20,8 +20,9 @@ Checkpoints know the layers as conv1, conv2, norm1, norm2, shortcut: take these 
 - conv1, c_in to c_out: 3x3x3; with upsample, instead, nn.ConvTranspose3d of 4x4x4 and stride 2,
   which doubles the side. conv2, c_out to c_out: 3x3x3. Which padding keeps, or doubles, the side?
 - norm1, norm2: NORMS[norm](c_out). A norm has a bias of its own: the convolutions need none.
-- shortcut: a 1x1x1 convolution with bias, such as Pointwise above; x itself where c_in = c_out.
-  With upsample, what it returns is enlarged by repetition (F.interpolate, nearest)."""
+- shortcut: a 1x1x1 convolution with bias, such as Pointwise above; where c_in = c_out, x
+  itself (nn.Identity, say). With upsample, what comes out of it, in both cases, is enlarged by
+  repetition (F.interpolate, nearest)."""
 
 PADDING = "Do all sides fit? A 3x3x3 without padding takes one voxel away on each side"
 NO_BIAS = "a norm follows, which takes any bias away and adds its own: bias=False"
