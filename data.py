@@ -572,33 +572,34 @@ def number_frames(views, holdout, moving):
 
     views: of each object how many; holdout as in `load`
     """
-    object_index, heldout = [], []
-    for k, n_views in enumerate(views):
-        object_index.append(torch.full((n_views,), k))
-        if moving:
-            heldout.append(last_of(n_views, holdout))
-        else:
-            heldout.append(every_nth(n_views, holdout))
-    return torch.cat(object_index), torch.cat(heldout)
+    views = torch.tensor(views)
+    object_index = torch.arange(len(views)).repeat_interleave(views)
+    first = views.cumsum(0) - views              # number of each object's first frame
+    number = torch.arange(len(object_index)) - first[object_index]     # 0, 1, ... of an object
+    if moving:
+        return object_index, last_of(number, views[object_index], holdout)
+    return object_index, every_nth(number, holdout)
 
 
-def every_nth(n_views, holdout):
-    """Which views of an object are held out: (V,) bool, every holdout-th; 0: none."""
-    number = torch.arange(1, n_views + 1)
+def every_nth(number, holdout):
+    """Which frames are held out: of each object every holdout-th; 0: none.
+
+    number (frames,): each frame's, counted from 0 in its object
+    """
     if holdout == 0:
-        return torch.zeros(n_views, dtype=torch.bool)
-    return number % holdout == 0
+        return torch.zeros_like(number, dtype=torch.bool)
+    return (number + 1) % holdout == 0
 
 
-def last_of(n_views, holdout):
-    """Which frames of a clip are held out: (V,) bool, the last 1/holdout; 0: none.
+def last_of(number, n_views, holdout):
+    """Which frames of clips are held out: the last 1/holdout of each clip; 0: none.
 
     Neighbours in time are all but equal: every n-th frame would test nothing but memory.
+    number (frames,) as above; n_views (frames,): how many its clip has
     """
-    n_heldout = 0
-    if holdout > 0:
-        n_heldout = n_views // holdout
-    return torch.arange(n_views) >= n_views - n_heldout
+    if holdout == 0:
+        return torch.zeros_like(number, dtype=torch.bool)
+    return number >= n_views - n_views // holdout
 
 
 def portraits(dataset):

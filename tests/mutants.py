@@ -63,10 +63,9 @@ MUTANTS = [
     ("data", "poses = moves[:, p].inverse() @ cam2world", "poses = moves[:, p] @ cam2world"),
     ("data", "still, raise_left)", "still, -raise_left)"),
     # ... and load, find, load_for
-    ("data", "return number % holdout == 0", "return number % holdout == 1"),
-    ("data", "heldout.append(last_of(n_views, holdout))",
-     "heldout.append(every_nth(n_views, holdout))"),
-    ("data", ">= n_views - n_heldout", "> n_views - n_heldout"),
+    ("data", "return (number + 1) % holdout == 0", "return number % holdout == 0"),
+    ("data", "last_of(number, views[object_index], holdout)", "every_nth(number, holdout)"),
+    ("data", ">= n_views - n_views // holdout", "> n_views - n_views // holdout"),
     ("data", "synthetic_object(one.origin, seed, n_views, size, arc)",
      "synthetic_object(one.origin, 0, n_views, size, arc)"),
     ("data", "puppet_object(one.origin, seed, n_views, size, shared_colours)",

@@ -1300,6 +1300,15 @@ def test_clip_filter_drops_ends_thin_frames_and_short_clips(tmp_path):
         data.load(tmp_path, 32, objects="short", as_clips=True, clip_filter=True)
 
 
+def test_frames_are_counted_anew_in_each_object_however_many_it_has():
+    whose, heldout = data.number_frames([2, 5, 1], 2, moving=False)
+    assert whose.tolist() == [0, 0, 1, 1, 1, 1, 1, 2]
+    assert heldout.tolist() == [False, True, False, True, False, True, False, False]
+    whose, heldout = data.number_frames([2, 5, 1], 2, moving=True)
+    assert whose.tolist() == [0, 0, 1, 1, 1, 1, 1, 2]
+    assert heldout.tolist() == [False, True, False, False, False, True, True, False]
+
+
 def test_the_end_of_every_clip_is_held_out(puppets, tmp_path):
     assert torch.equal(puppets.heldout, (torch.arange(24) >= 20).repeat(3))
     write_strip(tmp_path / "a.png", made_clip(13)[0])

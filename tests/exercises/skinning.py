@@ -17,7 +17,8 @@ CHANGED = ()
 MINUTES = 25
 TASK = """\
 sample_skin, above it, reads V_lbs,p(x_p) for all parts at once. Parts are axis 1 of skin, o, d and
-w. With a single part skin may have no channel at all: then x_c is x_1 and w is 1."""
+w. With a single part (o says how many there are) skin may have no channel at all: then x_c is the
+x_p of that part, and w is 1. Where o_p and d_p come from is told at "What moves", above."""
 
 OVER_PARTS = "the softmax is over the parts, axis 1: for each sample the w_p of all parts sum to 1"
 AT_X_P = "V_lbs,p is read at x_p, each part at its own point, not all at the same"
@@ -149,7 +150,8 @@ def draw(figure, given, answer):
     x_c = answer["points"][0, :, 0]
     on_bar = (x_c[:, 1].abs() < 0.2) & (x_c[:, 0].abs() < 0.9)
     first = answer["w"][0, 0, :, 0][on_bar].numpy()
-    for axes, points, title in ((left, given["frame"], "in the frame"), (right, x_c, "canonical")):
+    for axes, points, title in ((left, given["frame"], "in the frame; red: part 1"),
+                                (right, x_c, "canonical")):
         axes.scatter(*points[on_bar, :2].T.numpy(), s=3, c=first, cmap="coolwarm", vmin=0, vmax=1)
         axes.set_xlim(-1.1, 1.1)
         axes.set_ylim(-1.1, 1.1)
