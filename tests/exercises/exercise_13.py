@@ -11,7 +11,7 @@ Somebody has photographed one object on a turntable, and tells how the files lie
         0001,10.5,20.0,3.5,96.0
 
     frame       name of the photo, without .png
-    azimuth     degrees; 0 is in front; the object was turned, so 90 has the camera at its LEFT (-x)
+    azimuth     degrees; 0 is in front; the object was turned: at 90 the camera stands at -x
     elevation   degrees above the horizon
     distance    of the camera from the middle of the object, which it looks at, in world units
     focal       focal length in pixels of the photo; the lens looks through the photo's middle
@@ -31,8 +31,8 @@ def load_turntable(folder, size):
     """The photos of such a folder as data.Frames, frames sorted by their names.
 
     folder  MUG above; its name is the object's
-    size    side of the pictures to return; the photos' side is a multiple of it. Pictures are
-            reduced by means of colour x mask, so that colours outside of the mask are never seen
+    size    side of the pictures to return; the photos' side is a multiple of it. A pixel is the
+            mean of colour x mask over its square, rounded: what is outside of the mask is not seen
     returns Frames of one object, none of them held out; cameras in render.py's conventions
     """
     folder = Path(folder)

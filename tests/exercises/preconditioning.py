@@ -16,7 +16,8 @@ CHANGED = ()
 MINUTES = 10
 TASK = """\
 sd is sigma_data, a number; sigma is a tensor of any shape. Return the four in the order c_skip,
-c_out, c_in, c_noise. Before you begin: what must they be at sigma = 0.002, and at sigma = 80?"""
+c_out, c_in, c_noise. Before you begin: what must they be at sigma = 0.002, and at sigma = 80?
+The ends of the curves in the picture tell whether you were right."""
 
 ORDER = "the order is c_skip, c_out, c_in, c_noise"
 NAMES = ("c_skip", "c_out", "c_in", "c_noise")
