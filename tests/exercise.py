@@ -55,6 +55,9 @@ FILES = ("render", "data", "autodecoder", "normalize", "diffusion", "sample", "t
 # What a student gets. Not tests/, which hold the answers, nor docs/, nor the history.
 COPIED = (*[f"{name}.py" for name in FILES], "README.md", "LICENSE", "requirements.txt")
 SHEET = "TASK.md"                # in a student's folder: what to do
+# By number of exercise, a figure of docs/ that shows what it is about.
+FIGURES = {1: "figure-rays.png", 6: "figure-normalization.png", 7: "figure-preconditioning.png",
+           9: "figure-path.png", 12: "figure-skinning.png"}
 SECONDS = 60                     # a solution may take; the right ones take one or two
 MOST_BYTES = 2 ** 26             # the file of an answer may have
 MOST_NUMBERS = 2 ** 24
@@ -205,6 +208,9 @@ def hand_out(exercise, folder):
         place = original(exercise) if name == exercise.FILE else ROOT / name
         text = place.read_text(encoding="utf8")
         (Path(folder) / name).write_text(changed(exercise, name, text), encoding="utf8")
+    figure = FIGURES.get(number_of(exercise))
+    if figure:
+        shutil.copy(ROOT / "docs" / figure, folder)
 
 
 def sheet(exercise, folder):
@@ -212,6 +218,9 @@ def sheet(exercise, folder):
     number = number_of(exercise)
     script = Path(__file__).resolve()
     functions = " and ".join(f"`{name}`" for name in exercise.WRITE)
+    figure = ""
+    if number in FIGURES:
+        figure = f"\n![what it is about]({FIGURES[number]})\n"
     return f"""\
 # Exercise {number}: {exercise.TITLE}
 
@@ -225,7 +234,7 @@ The docstrings there say what goes in and what comes out. Where a body is missin
 `raise NotImplementedError`.
 
 {exercise.TASK}
-
+{figure}
 Check it, as often as you like, from the folder of the project that made this one:
 
     python {shorter(script)} {number} --check {folder}

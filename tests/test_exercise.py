@@ -176,7 +176,12 @@ def test_a_hand_out_is_the_project_to_the_byte_but_for_the_answer_which_is_nowhe
                                                                                    tmp_path):
     one = EXERCISES[number]
     exercise.write_exercise(one, tmp_path / "new")
-    made = {path.name: path.read_text(encoding="utf8") for path in (tmp_path / "new").iterdir()}
+    paths = {path.name: path for path in (tmp_path / "new").iterdir()}
+    if number in exercise.FIGURES:
+        figure = exercise.FIGURES[number]
+        assert paths.pop(figure).read_bytes() == (ROOT / "docs" / figure).read_bytes()
+        assert f"]({figure})" in paths[exercise.SHEET].read_text(encoding="utf8")
+    made = {name: path.read_text(encoding="utf8") for name, path in paths.items()}
     assert set(made) == {*exercise.COPIED, one.FILE, exercise.SHEET}
     changed = {one.FILE} | {name for name, _, _ in one.CHANGED}
     for name in set(made) - changed - {exercise.SHEET}:
