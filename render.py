@@ -81,7 +81,7 @@ def integrate(density, rgb, edges):
     """Colour (Eq. 6) and occupancy (Eq. 7) of rays through fog, constant within each interval.
 
     density (..., S), >= 0 per world unit, rgb (..., S, 3) in [0, 1]
-    edges   (..., S+1), increasing distances that bound the S intervals, world units
+    edges   (..., S+1), distances that bound the S intervals, never decreasing, world units
     returns colour (..., 3) over black, occupancy (...,) in [0, 1], the intervals' weights (..., S)
     """
     *rays, S = density.shape

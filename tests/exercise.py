@@ -231,7 +231,7 @@ def sheet(exercise, folder):
 Write {functions} in `{exercise.FILE}`.
 It takes {lines_to_write(exercise)} lines or so, and {exercise.MINUTES} minutes.
 The docstrings there say what goes in and what comes out. Where a body is missing, it says
-`raise NotImplementedError`.
+`raise NotImplementedError`. What they say of tests/ and docs/ is in the project, not here.
 
 {exercise.TASK}
 {figure}

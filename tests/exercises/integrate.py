@@ -20,7 +20,8 @@ MINUTES = 20
 TASK = """\
 A ray crosses S intervals of fog. T_i is the light that reaches interval i, w_i the share of all
 light that interval i stops. Any number of rays comes at once: all in front of the last axis is
-theirs. A loop over intervals is a good first answer."""
+theirs. A loop over intervals is a good first answer. Thin fog counts, too: tau may be 1e-9, in
+float32."""
 
 SHIFT = ("T_i must not contain interval i itself, only those before it: shift the sum by one "
          "before exp")
@@ -218,7 +219,7 @@ def draw(figure, given, answer):
     axes = figure.subplots()
     axes.imshow(answer.clamp(0, 1).movedim(0, -1).numpy())
     axes.set_axis_off()
-    axes.set_title("red fog in front of a blue ball", fontsize=9)
+    axes.set_title("a ball of thin red fog in front of a blue one, over white", fontsize=9)
 
 
 PICTURE = Picture(two_balls, show, draw)
