@@ -235,7 +235,7 @@ The docstrings there say what goes in and what comes out. Where a body is missin
 
 {exercise.TASK}
 {figure}
-Check it, as often as you like, from the folder of the project that made this one:
+Check it, as often as you like, from the folder in which you had it made:
 
     python {shorter(script)} {number} --check {folder}
 
