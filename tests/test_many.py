@@ -209,7 +209,7 @@ def diffuse_jointly(settings, first):
             text = train.caption_tokens(half, k)
             loss = loss + diffusion.edm_loss(
                 lambda x, sigma: state.model(x, sigma, *text), state.latents[k],
-                settings.sigma_data, half.generator) / 2
+                settings.sigma_data, half.generator, settings.P_mean, settings.P_std) / 2
         state.optimizer.zero_grad()
         loss.backward()
         state.optimizer.step()

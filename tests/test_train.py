@@ -151,7 +151,7 @@ FLAGS = {
     "normalization": (RIGID, "meanstd"), "per_channel": (RIGID, None),
     "latent_scale": (RIGID, "0.5"), "sigma_data": (RIGID, "1"), "P_mean": (RIGID, "0"),
     "P_std": (RIGID, "2"), "unet_channels": (RIGID, "24"),
-    "unet_multipliers": (RIGID, "1,1"), "unet_depth": (RIGID, "2"), "unet_attention": (RIGID, "2"),
+    "unet_multipliers": (RIGID, "1,2"), "unet_depth": (RIGID, "2"), "unet_attention": (RIGID, "2"),
     "steps_stage2": (RIGID[:-6] + RIGID[-4:], "3"), "batch_size": (RIGID, "3"),
     "lr_stage2": (RIGID, "1e-3"), "ema_half_life": (RIGID, "0.1"), "sample_steps": (RIGID, "2"),
     "churn": (RIGID, "0"), "seed": (RIGID, "1"),
