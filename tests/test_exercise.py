@@ -397,11 +397,14 @@ def test_an_error_message_cannot_talk_to_the_terminal():
 # ---- The commands --------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A clone: what a lecturer has, without pictures and history."""
+    """A clone: what a lecturer has, without other pictures and history."""
     root = tmp_path_factory.mktemp("clone")
     for name in exercise.COPIED:
         shutil.copy(ROOT / name, root)
     shutil.copytree(ROOT / "tests", root / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "docs").mkdir()
+    for figure in exercise.FIGURES.values():
+        shutil.copy(ROOT / "docs" / figure, root / "docs")
     return root
 
 
