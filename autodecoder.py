@@ -565,16 +565,21 @@ def gauss_newton_step(pose, Y, x, rho_max, floor):
     """A better pose: r + J d is the residual after a small step d; least squares gives the best d.
 
         d = -(J^T J / K + mu I)^-1 J^T r / K
-    returns the better pose; and of the one given, error = |r|^2 (B,) and mu (B, 1, 1)
+        mu = floor^2 + |r|^2 / K^2 + eps trace(J^T J / K)
+    mu is the least curvature that is believed in (Levenberg-Marquardt). Points that are wrong by r
+    leave the pose unsure by about sqrt(|r|^2 / K^2 H^-1), H = J^T J / K: where this is beyond a
+    radian, mu outweighs H, and the pose stays.
+
+    Y (B, K, 3), x (B, K, 2)   points, and where they are seen
+    rho_max (B, 1)             of the nearest camera that is allowed
+    floor                      a number: mu is its square at least, however well the points agree
+    returns                    the better pose; error = |r|^2 (B,), mu (B, 1, 1) of the one given
     """
     K = x.shape[1]
     r, J = residual_and_jacobian(pose, Y, x)                         # (B, 2K), (B, 2K, 6)
     g = (J.mT @ r[..., None])[..., 0] / K                            # (B, 6) gradient
     H = J.mT @ J / K                                                 # (B, 6, 6) curvature
     error = r.square().sum(1)                                        # (B,)
-    # mu is the least curvature that is believed in (Levenberg-Marquardt). Points that are wrong by
-    # so much leave the pose unsure by about sqrt(error / K^2 H^-1): where this is beyond a radian,
-    # mu outweighs H, and the pose stays.
     rounding = torch.finfo(x.dtype).eps * H.diagonal(dim1=1, dim2=2).sum(1)
     mu = (floor**2 + error / K**2 + rounding)[:, None, None]
     eye = torch.eye(6, dtype=x.dtype, device=x.device)

@@ -48,7 +48,7 @@ def orbit(azimuth, elevation, distance):
 
 
 def pixel_directions(intrinsics, size):
-    """Where pixels look, in the CAMERA's axes at z = -1: (..., 4) -> (..., size, size, 3)."""
+    """Where pixels look, in the CAMERA's axes at z = -1: (..., 4) -> (..., row, column, 3)."""
     pixels = torch.arange(size, dtype=intrinsics.dtype, device=intrinsics.device)
     centres = (pixels + 0.5) / size
     v, u = torch.meshgrid(centres, centres, indexing="ij")

@@ -239,7 +239,7 @@ Check it, as often as you like, from the folder in which you had it made:
 
     python {shorter(script)} {number} --check {folder}
 
-It tries the function by itself, with other numbers every time, names what is wrong, and draws
+It tries what you write by itself, with other numbers every time, names what is wrong, and draws
 `exercise-{number:02d}.png`: yours on the left, the right one beside it.
 """
 

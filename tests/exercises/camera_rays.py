@@ -52,7 +52,9 @@ MINUTES = 25
 TASK = """\
 Two functions: where pixels look in the camera's own axes, and the same as rays in the world. R is
 the upper left 3x3 of cam2world, the position its last column. The dots stand for any number of
-axes, (V,) or (B, V): index from the end."""
+axes, (V,) or (B, V): index from the end. Of a picture's axes the first is the row, the second the
+column. Directions in the camera's axes have z = -1 and whatever length comes of it; rays in the
+world have length 1."""
 
 HALF = "a pixel is looked through at its middle: (column + 0.5) / size, not column / size"
 ENDS = "size pixels lie side by side, each 1 / size wide: do not divide by size - 1"

@@ -232,9 +232,9 @@ def draw(figure, given, answer):
     for number, points in enumerate(answer):
         axes.scatter(*points.T.numpy(), s=15, label=f"after {number} steps")
     middle = given["x"][0].mean(0).tolist()
-    axes.set_xlim(middle[0] - 0.4, middle[0] + 0.4)
+    axes.set_xlim(middle[0] - 0.4, middle[0] + 0.9)      # to the right, the legend
     axes.set_ylim(middle[1] - 0.4, middle[1] + 0.4)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center right")
     axes.set_title("the corners of a cube", fontsize=9)
 
 

@@ -14,7 +14,9 @@ MINUTES = 20
 TASK = """\
 Return a function denoise(x, sigma), for the sampler. In it the denoiser is called as
 denoiser(x, sigma, tokens, mask), with as many prompts as x has objects: repeated(context, len(x))
-makes them so. Both ways of asking may go through the network in one call, or in two."""
+makes them so, and null as well; both have as many tokens. You may ask the network in one call or in
+two: two calls are five lines. The published solution does it in one, and leaves out what a weight
+of 0 or 1 does not need."""
 
 OTHER_WEIGHT = ("that is D(x | text) + weight (D(x | text) - D(x | null)): then weight 0 would be "
                 "D(x | text); start from D(x | null)")
@@ -158,7 +160,7 @@ def draw(figure, given, answer):
         axes.scatter(*points.T.numpy(), s=8, label=f"weight {weight}")
     axes.set_xlim(-2, 8)
     axes.set_ylim(-2, 5)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left")
     axes.set_title("answers; the prompt alone says (1, 0.5)", fontsize=9)
 
 
