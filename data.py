@@ -5,7 +5,7 @@ object: no shape, no mesh. At a first reading chairs are made up of boxes and th
 no files are needed. At a second come other objects, people who move, photos and clips.
 
 Shapes: N objects, V views of one object, R rays, K points; `size` is the side of the pictures.
-Simplified: all frames sit in memory as bytes, 16 KiB each at 64 x 64. More would need a cache.
+Simplified: all frames sit in memory as bytes, 16 KiB each at 64 x 64; those of a cache do not.
 Read next: train.py
 """
 import signal
@@ -3269,8 +3269,10 @@ def load_for(settings, source):
 # changed. No hash tells that the source has changed since: a cache stays what the source was.
 FRAMES = "frames.cache"
 ABOUT = "frames.cache.json"
-FORMAT = 1                       # of both; a higher one where older caches would be misread
-READ_AS = ("size", "as_clips", "clip_filter", "max_megapixels", "max_frames")    # of Reading
+FORMAT = 2                       # of both; a higher one where older caches would be misread
+# Of Reading, and flags of `python data.py`: here what they are where nobody says anything else.
+READ_AS = {"size": 64, "as_clips": False, "clip_filter": False, "max_megapixels": 64.0,
+           "max_frames": 2000}
 
 
 def is_cache(source):
@@ -3310,7 +3312,8 @@ def write_cache(source, folder, reading, objects=None):
         look_at_objects(names, contents, captions, reading)
         layout, moving = kind_of(chosen)
         about = {"format": FORMAT, "source": str(Path(source).resolve())}
-        about["read_as"] = {name: getattr(reading, name) for name in READ_AS}
+        about["read_as"] = read_as(reading)
+        about["objects"] = objects
         about |= {"names": names, "views": views, "captions": captions, "layout": layout,
                   "moving": moving, "skipped": reading.skipped(), "remarks": reading.remarks}
         about["frames_hash"] = hash_of(frames_path)
@@ -3333,14 +3336,15 @@ def check_cacheable(source, folder):
 
 
 def write_frames(path, chosen, reading):
-    """Writes frames.cache, one object after another, so that only two are ever in memory.
+    """Writes frames.cache, one object after another, so that only two are ever in memory: the next
+    one is read while the last one is still there.
 
     chosen: a list of Found
     returns of those objects that can be used: names, how many views, hashes of their pictures
     """
     names, views, contents = [], [], []
-    # TRAP: a small tensor kept of each object would lie in memory between what large ones leave
-    # behind, and the system's allocator can use such gaps no more: 20,000 of them took 15 GiB.
+    # TRAP: a small tensor that is kept lies behind a large one that is freed, whose place is then too
+    # small for the next object: with one of each of 20,000 objects that took 15 GiB.
     cam2world, intrinsics, known_portraits = bytearray(), bytearray(), bytearray()
 
     def build(one):
@@ -3388,10 +3392,23 @@ def hash_of_plain(about):
     return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
-def write_anew(folder, source="PATH"):
-    """What to do about a cache that is no good, in words."""
-    command = shlex.join(["python", "data.py", "--data", source, "--cache", str(folder)])
-    return f"write it anew: {command}"
+def read_as(reading):
+    """How a source is to be read: {name: value} of READ_AS."""
+    return {name: getattr(reading, name) for name in READ_AS}
+
+
+def write_anew(folder, source="PATH", flags=(), objects=None):
+    """What to do about a cache that is no good, in words; flags: as read_as gives them."""
+    words = ["python", "data.py", "--data", source, "--cache", str(folder)]
+    for name, value in dict(flags).items():
+        if value == READ_AS[name]:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words.append(str(value))
+    if objects:
+        words += ["--objects", objects]
+    return f"write it anew: {shlex.join(words)}"
 
 
 def read_about(folder):
@@ -3417,8 +3434,8 @@ def found_in(about):
 def load_cache(folder, reading, holdout, objects):
     """What `load` made of the source when the cache was written, to the same bits.
 
-    reading must be as it was then; not so `holdout`, which no picture hangs on, and `objects`,
-    which may be a part of those that are there.
+    size and the rest of READ_AS must be as they were then. holdout may be another, and objects may
+    name a part of those that are there; these come in the cache's order.
     """
     about = read_about(folder)
     check_same_reading(folder, about, reading)
@@ -3426,17 +3443,16 @@ def load_cache(folder, reading, holdout, objects):
     path = folder / FRAMES
     arrays = list_arrays(about["views"], reading.size)
     if not is_whole(path, arrays, about["frames_hash"]):
-        raise BadInput(f"{path}: this cache is cut or changed; "
-                       f"{write_anew(folder, about['source'])}")
+        again = write_anew(folder, about["source"], about["read_as"], about["objects"])
+        raise BadInput(f"{path}: this cache is cut or changed; {again}")
     views = torch.tensor(about["views"])
     tensors, mapped = map_arrays(path, arrays)
     rgba, cam2world, intrinsics, known_portraits = tensors
     numbers = [one.origin for one in chosen]             # k of those that are wanted
     if len(chosen) < len(views):
         # Copies, in memory: whoever names objects names a few.
-        is_chosen = torch.zeros(len(views), dtype=torch.bool)
-        is_chosen[numbers] = True
-        frames = is_chosen.repeat_interleave(views)
+        owner = torch.arange(len(views)).repeat_interleave(views)    # of each frame, its object
+        frames = torch.isin(owner, torch.tensor(numbers))
         rgba, cam2world, intrinsics = rgba[frames], cam2world[frames], intrinsics[frames]
     object_index, heldout = number_frames(views[numbers].tolist(), holdout, about["moving"])
     captions = [about["captions"][k] for k in numbers]
@@ -3459,8 +3475,9 @@ def check_same_reading(folder, about, reading):
     for name, made in about["read_as"].items():
         asked = getattr(reading, name)
         if asked != made:
+            again = write_anew(folder, about["source"], read_as(reading), about["objects"])
             raise BadInput(f"--{name.replace('_', '-')} is {asked} here, but {made} in the cache "
-                           f"{folder}: give the same, or {write_anew(folder, about['source'])}")
+                           f"{folder}: give the same, or {again}")
 
 
 def map_arrays(path, arrays):
@@ -3607,16 +3624,17 @@ def make_parser():
         help="'synthetic', 'puppets', a folder of photos or of clips, or a cache")
     add("--cache", metavar="FOLDER", help="write the frames into this folder: named as --data, it "
         "is read in seconds, and takes hardly any memory")
-    add("--size", type=int, default=64, help="side of the square frames (64)")
+    add("--size", type=int, help="side of the square frames (%(default)s)")
     add("--out", default="data-check", help="folder for the pictures (data-check)")
     add("--objects", help="only these, separated by commas")
     add("--holdout", type=int, default=6, help="every n-th view; 0: none (6)")
     add("--as-clips", action="store_true",
         help="folders of frames, and strips of square frames, are clips")
-    add("--max-megapixels", type=float, default=64.0, help="of a picture (%(default)g)")
-    add("--max-frames", type=int, default=2000, help="of an object (%(default)s)")
+    add("--max-megapixels", type=float, help="of a picture (%(default)g)")
+    add("--max-frames", type=int, help="of an object (%(default)s)")
     add("--clip-filter", action="store_true",
         help="of clips: drop the ends, frames under 25 %% foreground, short ones")
+    parser.set_defaults(**READ_AS)
     return parser
 
 
@@ -3625,12 +3643,12 @@ def main(arguments=None):
     args = make_parser().parse_args(arguments)
     for name, bounds in BOUNDS.items():
         check_number(f"--{name.replace('_', '-')}", getattr(args, name), bounds)
-    read_as = {name: getattr(args, name) for name in READ_AS}
+    flags = read_as(args)
     source = args.data
     if args.cache is not None:
-        write_cache(args.data, args.cache, Reading(**read_as), args.objects)
+        write_cache(args.data, args.cache, Reading(**flags), args.objects)
         source = args.cache                  # what is told and drawn is what has been written
-    dataset = load(source, holdout=args.holdout, objects=args.objects, **read_as)
+    dataset = load(source, holdout=args.holdout, objects=args.objects, **flags)
     print("\n".join(describe(dataset)))
     out = Path(args.out)
     make_folder(out)

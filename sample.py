@@ -730,18 +730,22 @@ def save_film(folder, name, frames, fps=15):
     return [gif, mp4]
 
 
-def save_sheet(path, rows, labels, title=""):
-    """Writes rows of pictures, a list of (n, 3, H, W), as one PNG, with a label beside each row."""
+def middles(length, n):
+    """Of the n equal parts of a length."""
+    return [length / n * (i + 0.5) for i in range(n)]
+
+
+def save_sheet(path, rows, labels, title="", below=()):
+    """Writes rows of pictures, a list of (n, 3, H, W), as one PNG, with a label beside each row and,
+    where `below` has some, under each column."""
     zoom = max(1, round(SIDE / rows[0].shape[-1]))                      # small ones are enlarged
     picture = tile(rows).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
     _, height, width = picture.shape
     figure = plt.figure(figsize=(width / 100, height / 100), dpi=100)
     axis = figure.add_axes([0, 0, 1, 1])                   # one pixel of the tile, one of the PNG
     axis.imshow(to_uint8(picture), interpolation="nearest")
-    row_height = height / len(rows)
-    middles = [row_height * (i + 0.5) for i in range(len(rows))]
-    axis.set_yticks(middles, labels, fontsize=9)
-    axis.set_xticks([])
+    axis.set_yticks(middles(height, len(rows)), labels, fontsize=9)
+    axis.set_xticks(middles(width, len(below)), below, fontsize=9)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.set_title(title, fontsize=10)
@@ -888,10 +892,10 @@ def save_noise_strip(path, trained, steps, n=4, seed=0, columns=8):
         latents = trained.normalizer.denormalize(denoised.float())
         rgb, occupancy = render_any_views(trained, decode(trained, latents), [0.6], 80)
         pictures.append(on_white(rgb, occupancy)[:, 0])
-        sigmas.append(f"{sigma:.2g}")
+        sigmas.append(f"σ = {sigma:.2g}")
     strip = torch.stack(pictures, 1)                                   # (n, columns, 3, 80, 80)
-    labels = [f"seed {seed}, {i}" for i in range(n)]
-    save_sheet(path, list(strip), labels, "denoised estimates at sigma = " + ", ".join(sigmas))
+    labels = [f"sample {i + 1}" for i in range(n)]
+    save_sheet(path, list(strip), labels, "what the denoiser believes, as noise falls", sigmas)
 
 
 # ---- Sheets and films of samples of every kind ---------------------------------------------------

@@ -1352,7 +1352,8 @@ def sped_up(settings, network, device):
 # torchrun starts this program four times, a process for each GPU, and tells each in its environment
 # which one it is. All have the same weights. Each draws its share of a step's objects, by a random
 # stream of its own, and torch's DistributedDataParallel averages the gradients of all: so all take
-# the same step, the one that a single process would take with all of these objects.
+# the same step, the one that a single process would take with all of these objects (on CPUs but for
+# batch norm, which there takes each share's own mean).
 #
 # The first process, rank 0, does what one alone would do, with all files, words and pictures. The
 # others help with the steps (assist), and neither write nor speak. TRAP: what is exchanged must be
@@ -1360,12 +1361,13 @@ def sped_up(settings, network, device):
 # ever. So there are these and no others:
 #
 #     tell, told      before a stage, what it is: after all that may be refused
-#     averaging       the gradients, in loss.backward()
+#     averaging       once, the weights; then the gradients, in loss.backward(); and on GPUs the
+#                     means of batch norm, in forward
 #     mean_of_all     after a step, its loss, for the log
 #     after_step      then whether to stop, and what a checkpoint needs of each process
 #
-# Where one ends, its connections close, and so all end. SIMPLIFIED: each process holds all frames,
-# or all latents; and all machines see the same data and the same --out.
+# Where one ends, its connections close, and so all end. SIMPLIFIED: each process has all frames, or
+# maps all of a cache, and all latents; and all machines see the same data and the same --out.
 
 
 def processes():
@@ -1443,7 +1445,8 @@ def together():
     try:
         yield
     except RuntimeError as error:
-        # How one that waits hears that another has ended: of gloo by words alone.
+        # How one that waits hears that another has ended. Gloo's error is a plain RuntimeError: only
+        # its text tells.
         if not isinstance(error, dist.DistError) and "peer" not in str(error):
             raise
         if rank() > 0:
@@ -1472,7 +1475,8 @@ def told():
 
 
 class Learner(torch.nn.Module):
-    """What DistributedDataParallel wants: a network's weights, and what is to be called."""
+    """What DistributedDataParallel wants: a module that has a network's weights, and whose forward
+    is what is to be called."""
 
     def __init__(self, network, forward):
         super().__init__()
@@ -1486,15 +1490,21 @@ def averaging(network, forward, device):
 
     Each weight, however the loss came to depend on it: also those of the text encoder, which is
     called by itself. What is averaged are gradients as they arrive at weights.
+
+    sped_up makes the answer the network's own forward: network(x) calls this lambda, it calls
+    DistributedDataParallel, that Learner's forward, and that is the network's own of before.
     """
     if torch.device(device).type == "cuda":
         # Batch norm then measures the objects of all processes. On CPUs torch cannot do that: each
-        # measures its own share, and what the first one measures is kept for sampling.
+        # measures its own share, and what the first one measures is kept for sampling. This
+        # exchanges modules within the network; their weights stay those that the optimizer has.
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     # TRAP: with it, each forward would exchange buffers; but sheets are drawn by the first alone.
     learner = torch.nn.parallel.DistributedDataParallel(
         Learner(network, forward), forward_sync_buffers=False)
-    return lambda *inputs: learner(*inputs)                  # a module would become a part of it
+    # TRAP: a module that is assigned to a module becomes a part of it, and the network would contain
+    # itself. A function does not.
+    return lambda *inputs: learner(*inputs)
 
 
 def mean_of_all(number):
@@ -1509,8 +1519,8 @@ def mean_of_all(number):
 def after_step(settings, state, steps, stop):
     """What all do next -> whether a checkpoint is due; the signal by which to stop, or 0.
 
-    stop.asked is looked at once: the signal may come between two looks, and nothing would have been
-    saved. All processes get it, each in some step of its own (torchrun passes it on, and waits 30
+    stop.asked is read once: a signal that came between two reads would stop the run, and nothing
+    would have been saved. All processes get it, each in some step of its own (torchrun passes it on, and waits 30
     seconds: --shutdown-timeout); the first to see it stops all after the same step.
     """
     due = is_due(settings, state.step, steps)
@@ -1576,7 +1586,7 @@ def assist_stage1(settings, device, source, folder, resume):
         resume_stage1(settings, state, dataset, folder / "stage1.pt", old, source)
     with data.finishing_steps() as stop, sped_up(settings, state.autodecoder, device):
         for loss, error in steps_of_stage1(settings, dataset, state, features):
-            mean_of_all(loss)
+            mean_of_all(loss)                                # learn_stage1 waits for these two
             mean_of_all(error)
             _, stopping = after_step(settings, state, settings.steps_stage1, stop)
             if stopping:
@@ -1594,7 +1604,7 @@ def assist_stage2(settings, device, folder, resume):
         resume_stage2(settings, state, folder / "stage2.pt", old)
     with data.finishing_steps() as stop, sped_up(settings, state.model, device):
         for loss in steps_of_stage2(settings, state):
-            mean_of_all(loss)
+            mean_of_all(loss)                                # learn_stage2 waits for it
             _, stopping = after_step(settings, state, settings.steps_stage2, stop)
             if stopping:
                 raise data.Interrupted(stopping)

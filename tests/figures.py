@@ -343,7 +343,7 @@ def draw_raw(axis, numbers):
         axis.plot(x, curve, color=colour, linewidth=1.8, label=label)
     axis.set(yscale="log", ylim=(1e-7, 1), xlabel="latent $F$")
     axis.set_yticks([1e-6, 1e-4, 1e-2, 1])
-    axis.set_title(f"{numbers.latents.numel():,} numbers, share per unit")
+    axis.set_title(f"as learned: {numbers.latents.numel():,}, share per unit")
 
 
 def draw_divisors(axis, numbers):
@@ -370,7 +370,7 @@ def draw_normalized(axis, numbers):
         axis.stairs(*counted, color=colour, linewidth=1.8)
     axis.plot(x, bell(x, 0.0, 1.0), color=DARK, linewidth=1, linestyle="--", label="N(0, 1)")
     axis.set(xlabel=r"normalized: $\hat F = (F - m)\,/\,s$")
-    axis.set_title(f"{SHOWN} are ±10,000: share per unit")
+    axis.set_title(f"{SHOWN} being ±10,000: share per unit")
     axis.legend(loc="upper right")
 
 
@@ -468,7 +468,7 @@ def draw_preconditioning(numbers):
     not right where hardly anything of it is added."""
     figure = new_figure(7.4, "Little noise: F is fed the object and asked for the noise. "
                         "Much noise: the other way round.")
-    grid = figure.add_gridspec(6, 5, left=0.21, right=0.985, top=0.93, bottom=0.03, wspace=GAP,
+    grid = figure.add_gridspec(6, 5, left=0.21, right=0.985, top=0.93, bottom=0.05, wspace=GAP,
                                hspace=0.3, height_ratios=(1, 1, 1, 1, 1, 1.75))
     draw_scales(figure.add_subplot(grid[0, :]), numbers.sigma_data)
     for row, (name, label) in enumerate(ROWS.items(), 1):
@@ -483,9 +483,11 @@ def draw_preconditioning(numbers):
                 without_frame(axis)
         place = axis.get_position()
         figure.text(0.012, (place.y0 + place.y1) / 2, label, va="center", linespacing=1.5)
-    figure.text(0.012, 0.012, "Blue is −3, white 0, red 3. What F is fed and must answer has "
-                f"deviation 1 at every σ if y has sigma_data, {numbers.sigma_data}; here y has "
-                f"{numbers.y.std():.2f}.", fontsize=8, color=GREY)
+    figure.text(0.012, 0.012, "F is the network. Squares: some numbers of the latent, the same in "
+                "all rows; blue is −3, white 0, red 3. At little noise F may be wrong: hardly "
+                "anything of it is added.\nWhat F is fed and must answer has deviation 1 at every "
+                f"σ if y has sigma_data, {numbers.sigma_data}; here y has {numbers.y.std():.2f}.",
+                fontsize=8, color=GREY, linespacing=1.5)
     return figure
 
 

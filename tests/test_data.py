@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -2372,7 +2373,7 @@ def test_a_cache_that_was_cut_or_changed_is_named_and_what_to_do(damage, kept_co
     CACHE_DAMAGES[damage](kept_copy)
     folder = re.escape(str(kept_copy))
     says = rf"{folder}.frames.*: this cache is cut or changed; write it anew: python data.py " \
-           rf"--data \S+ --cache {folder}$"
+           rf"--data \S+ --cache {folder}( --size 16)?$"
     with pytest.raises(BadInput, match=says):
         data.load(kept_copy, 16)
 
@@ -2387,7 +2388,7 @@ def test_a_file_of_another_cache_is_named(file, things, kept_copy, tmp_path):
 
 
 def test_a_cache_of_another_version_is_named(kept_copy, monkeypatch):
-    monkeypatch.setattr(data, "FORMAT", 2)
+    monkeypatch.setattr(data, "FORMAT", data.FORMAT + 1)
     with pytest.raises(BadInput, match="of another version; write it anew"):
         data.load(kept_copy, 16)
 
@@ -2399,6 +2400,21 @@ def test_a_cache_that_was_read_otherwise_is_refused_by_the_flag(name, value, kep
     says = f"--{name.replace('_', '-')} is {value} here, but {made} in the cache {kept}: give the "
     with pytest.raises(BadInput, match=re.escape(says)):
         data.load(kept, **{"size": 16} | {name: value})
+
+
+def test_who_writes_a_cache_anew_as_told_can_read_it(things, tmp_path, monkeypatch):
+    """The command names what differs from data.py's defaults, and the objects that were chosen."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "small"
+    data.write_cache(things, folder, data.Reading(16), "chair,lamp")
+    wanted = {"size": 32, "max_megapixels": 1.5}
+    with pytest.raises(BadInput) as refused:
+        data.load(folder, **wanted)
+    told = shlex.split(str(refused.value).partition("write it anew: ")[2])
+    assert told[:2] == ["python", "data.py"]
+    data.main(told[2:])
+    dataset = data.load(folder, **wanted)
+    assert sorted(dataset.names) == ["chair", "lamp"] and dataset.images.shape[1] == 32
 
 
 def test_what_cannot_be_cached_is_refused_and_what_is_in_the_folder_stays(
