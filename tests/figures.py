@@ -484,9 +484,10 @@ def draw_preconditioning(numbers):
         place = axis.get_position()
         figure.text(0.012, (place.y0 + place.y1) / 2, label, va="center", linespacing=1.5)
     figure.text(0.012, 0.012, "F is the network. Squares: some numbers of the latent, the same in "
-                "all rows; blue is −3, white 0, red 3. At little noise F may be wrong: hardly "
-                "anything of it is added.\nWhat F is fed and must answer has deviation 1 at every "
-                f"σ if y has sigma_data, {numbers.sigma_data}; here y has {numbers.y.std():.2f}.",
+                "all rows; blue is −3, white 0, red 3. What F is fed and must answer has\n"
+                f"deviation 1 at every σ if y has sigma_data, {numbers.sigma_data}; here y has "
+                f"{numbers.y.std():.2f}. At little noise F may be wrong: hardly anything of it is "
+                "added.",
                 fontsize=8, color=GREY, linespacing=1.5)
     return figure
 
