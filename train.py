@@ -342,13 +342,13 @@ class AllSettings(Settings):
 
 # The toy presets keep the paper's method, not its numbers.
 PRESETS = {"micro": MICRO | dict(context_dim=64, sample_steps=32, finer_at=(0.4,))}
-# Two CPU cores, ten minutes or so. As in the paper, a latent's side is an eighth of its volume's.
+# Two CPU cores, 6 to 20 minutes. As in the paper, a latent's side is an eighth of its volume's.
 # OURS: more noise than EDM's -1.2 and 1.2. Between sigma 80 and 10 it is decided whether a latent
 # becomes a chair, a table or a vehicle; EDM hardly trains there, and chairs were rare (results.md).
 PRESETS["tiny"] = PRESETS["micro"] | dict(
     size=64, n_objects=128, n_views=24, channels=64, volume_side=32, n_samples=32, unet_channels=64,
     unet_multipliers=(1, 1), P_mean=0.4, P_std=1.6, finer_at=(0.3, 0.6), window=32,
-    steps_stage1=2200, steps_stage2=2000)
+    steps_stage1=2200, steps_stage2=4000)
 
 # Clips without cameras, two CPU cores, 40 minutes. First puppets, who turn. Eq. 1 and 2 weigh 10
 # again, for now other losses stand beside them. Group norm, as few clips make a step: batch norm's
