@@ -56,7 +56,8 @@ def beside(number):
 
 @functools.cache
 def tried(number):
-    """All solutions of an exercise: {name: verdicts}, and {name: answer} for the picture."""
+    """All solutions of an exercise: what was given, {name: verdicts}, {name: answers}; the last of
+    what was given and of the answers is of the picture."""
     one = EXERCISES[number]
     solutions = {"published": text_of(number), "blank": without_body(number),
                  "unusual": with_bodies(number, one.UNUSUAL),
@@ -70,16 +71,15 @@ def tried(number):
     contents = [text.encode() for text in solutions.values()]
     given, answers = exercise.ask(one, contents, seed=number, seconds=300, quiet=True)
     verdicts = [exercise.judge_all(one, given, answer) for answer in answers]
-    pictures = [answer[-1] for answer in answers]
-    return dict(zip(solutions, verdicts)), given[-1], dict(zip(solutions, pictures))
+    return given, dict(zip(solutions, verdicts)), dict(zip(solutions, answers))
 
 
 def points(number, name):
-    return exercise.points_of(tried(number)[0][name])
+    return exercise.points_of(tried(number)[1][name])
 
 
 def hints(number, name):
-    return [verdict.hint for verdict in tried(number)[0][name] if verdict.hint]
+    return [verdict.hint for verdict in tried(number)[1][name] if verdict.hint]
 
 
 # ---- Graders, graded -----------------------------------------------------------------------------
@@ -128,6 +128,54 @@ def test_neither_constants_nor_a_copied_docstring_earn_anything(number, name):
     assert points(number, name) == 0
 
 
+def spoilt(value, how):
+    """An answer, all of whose numbers are nan, or inf, or 0; or that has none."""
+    if isinstance(value, dict):
+        return {name: spoilt(part, how) for name, part in value.items()}
+    if isinstance(value, torch.Tensor) and how == "empty":
+        return value.new_zeros(0, *value.shape[1:])
+    if isinstance(value, torch.Tensor):
+        return torch.full_like(value.double(), float(how))
+    if isinstance(value, list):
+        return [] if how == "empty" else [spoilt(part, how) for part in value]
+    if isinstance(value, (int, float)) and how != "empty":
+        return float(how)
+    return value
+
+
+@pytest.mark.filterwarnings("ignore:std")                # of no numbers
+@pytest.mark.parametrize("how", ["nan", "inf", "-inf", "0", "empty"])
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_is_not_finite_or_empty_or_nothing_but_0_satisfies_no_claim(number, how):
+    given, _, answers = tried(number)
+    for claim, numbers, answer in zip(EXERCISES[number].CLAIMS, given, answers["published"]):
+        assert exercise.judge(claim, numbers, answer) == ""
+        nothing = {"answer": spoilt(answer["answer"], how)}
+        assert exercise.judge(claim, numbers, nothing) != "", claim.words
+
+
+def answered(number, i, **changes):
+    """What is said of claim i where the published answer has been changed."""
+    given, _, answers = tried(number)
+    answer = dict(answers["published"][i]["answer"], **changes)
+    return exercise.judge(EXERCISES[number].CLAIMS[i], given[i], {"answer": answer})
+
+
+def test_where_what_is_right_follows_from_the_answer_nothing_beyond_measure_does():
+    """Weights whose sum is infinite; no step, and a mu for which none is right; and the like."""
+    weights = torch.full((6, 9), 1.5e308, dtype=torch.float64)
+    weights[:, 0] = 0
+    assert "not finite" in answered(1, 2, weights=weights)
+    directions = torch.full((2, 3, 4, 4, 3), torch.nan)
+    assert answered(2, 3, in_camera=directions, d=torch.ones_like(directions))
+    given = tried(11)[0][1]
+    still = {name: given[name] for name in ("R", "rho", "u")}
+    for mu in (1e12, torch.inf):
+        assert "more than 100 times" in answered(11, 1, mu=torch.full((3, 1, 1), mu), **still)
+    error = torch.full((3,), 1e12)
+    assert "100 times" in answered(11, 2, error=error, mu=(error / 144).view(3, 1, 1))
+
+
 def test_numbers_are_drawn_anew_for_every_seed():
     for number in NUMBERS:
         for claim in EXERCISES[number].CLAIMS:
@@ -141,24 +189,24 @@ def page(number, answer):
     """One half of a picture, by itself: its pixels."""
     figure = Figure(figsize=(4.5, 4.5), layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    exercise.draw_half(figure, EXERCISES[number].PICTURE, "", tried(number)[1], answer)
+    exercise.draw_half(figure, EXERCISES[number].PICTURE, "", tried(number)[0][-1], answer)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba()).copy()
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_right_solution_looks_right_and_of_the_wrong_ones_one_at_least_does_not(number):
-    _, given, pictures = tried(number)
-    right = page(number, exercise.right_answer(EXERCISES[number], given))
-    blank = page(number, pictures["blank"])
-    assert (page(number, pictures["published"]) == right).all()
+    given, _, answers = tried(number)
+    right = page(number, exercise.right_answer(EXERCISES[number], given[-1]))
+    blank = page(number, answers["blank"][-1])
+    assert (page(number, answers["published"][-1]) == right).all()
     assert (right < 250).mean() > 5 * (blank < 250).mean()       # not an empty page
-    assert any((page(number, pictures[f"wrong {i}"]) != right).any() for i in range(3))
+    assert any((page(number, answers[f"wrong {i}"][-1]) != right).any() for i in range(3))
 
 
 def test_where_nothing_is_written_the_picture_says_so_beside_the_right_one(tmp_path):
-    _, given, pictures = tried(1)
-    exercise.draw_picture(EXERCISES[1], given, pictures["blank"], tmp_path / "blank.png")
+    given, _, answers = tried(1)
+    exercise.draw_picture(EXERCISES[1], given[-1], answers["blank"][-1], tmp_path / "blank.png")
     picture = iio.imread(tmp_path / "blank.png")[40:]            # below the headings
     left, right = picture[:, :450], picture[:, 450:]
     assert 0 < (left < 128).any(-1).mean() < 0.02        # two lines of words
