@@ -176,6 +176,24 @@ def test_where_what_is_right_follows_from_the_answer_nothing_beyond_measure_does
     assert "100 times" in answered(11, 2, error=error, mu=(error / 144).view(3, 1, 1))
 
 
+def test_where_m_and_s_are_what_they_should_become_they_have_been_set_before():
+    """Exercise 6: `return self` leaves m and s as they were."""
+    for i in (5, 6):
+        latents_hat = (tried(6)[0][i]["latents"] - 7) / 5
+        left = {"m": torch.tensor(7.0), "s": torch.tensor(5.0), "latents_hat": latents_hat}
+        assert answered(6, i, **left) and answered(6, i) == ""
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_is_right_is_not_sent(number, tmp_path):
+    one, given = EXERCISES[number], tried(number)[0]
+    exercise.write_questions(one, given, tmp_path)
+    sent = torch.load(tmp_path / "given.pt")
+    assert [set(numbers) for numbers in sent] == [set(numbers) - {"right"} for numbers in given]
+    if number == 11:                                     # the pose that eight steps should find
+        assert not torch.equal(sent[5]["R"], given[5]["right"])
+
+
 def test_numbers_are_drawn_anew_for_every_seed():
     for number in NUMBERS:
         for claim in EXERCISES[number].CLAIMS:

@@ -7,7 +7,8 @@ its own, so it never sees what is right, nor says whether it was:
     ask(module, given)    there     calls the student's function, returns tensors and plain values
     judge(given, answer)  here      "" where the claim holds, else a hint
 
-The text of `ask` alone is sent over: it may use torch, math and what it imports itself.
+The text of `ask` alone is sent over: it may use torch, math and what it imports itself. With it
+goes all that is given but for "right", where a claim keeps there what only its judge may know.
 
 What is not finite has no points, nor has what is empty: see `flaw`.
 

@@ -116,7 +116,7 @@ def make(generator, floor, n_steps=1, noise=0.02, off=0.25, K=12):
     turn = off * torch.randn(B, 3, generator=generator)
     start = torch.stack([turned(turn[b]) @ R[b] for b in range(B)])
     return {"Y": Y, "x": x, "R": start, "rho": rho + 0.05, "u": u + 0.03, "floor": floor,
-            "rho_max": torch.full((B, 1), 0.8), "n_steps": n_steps, "true": R}
+            "rho_max": torch.full((B, 1), 0.8), "n_steps": n_steps, "right": R}
 
 
 # ---- What is asked -------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def eight_steps(generator):
 def judge_converged(given, answer):
     """What it is all for. A step that is a little wrong gets there, too: hence one point."""
     hint = "eight steps from a pose some degrees off lead to the true one"
-    return compare(answer["R"], given["true"], hint, tolerance=0.02)
+    return compare(answer["R"], given["right"], hint, tolerance=0.02)
 
 
 CLAIMS = (
@@ -235,7 +235,7 @@ def a_cube(generator):
     ends = torch.tensor([-0.6, 0.6])
     Y = torch.cartesian_prod(ends, ends, ends).repeat(3, 1, 1)
     x = torch.stack([seen_from(R, rho - 0.05, u - 0.03, points) for R, rho, u, points
-                     in zip(given["true"], given["rho"], given["u"], Y)])
+                     in zip(given["right"], given["rho"], given["u"], Y)])
     return given | {"Y": Y, "x": x}
 
 
