@@ -160,7 +160,7 @@ def judge_turn(given, answer):
     """By what the student's own pixel_directions says of the pixels."""
     rotation = given["cam2world"][..., :3, :3].double()
     in_camera = answer["in_camera"].double()
-    if not in_camera.norm(dim=-1).min() > 1e-3:
+    if in_camera.norm(dim=-1).min() < 1e-3:
         return "pixel_directions answers no directions: their length is 0"
     right = F.normalize(torch.einsum("bvij,bvhwj->bvhwi", rotation, in_camera), dim=-1)
     back = F.normalize(torch.einsum("bvji,bvhwj->bvhwi", rotation, in_camera), dim=-1)

@@ -97,8 +97,8 @@ def judge_m(given, answer):
 
 def judge_s(given, answer):
     right = by_hand(given["latents"])
-    hint = ("s is 0.7413 times the difference of the quartiles (torch.quantile's) of all numbers, a "
-            "tensor of shape ()")
+    hint = ("s is 0.7413 times the difference of the quartiles of all numbers, those of "
+            "torch.quantile, and a tensor of shape ()")
     mistakes = [(as_tensor(right.s / 0.7413)[0], FACTOR), (as_tensor(right.std)[0], DEVIATION)]
     return compare(answer["s"], as_tensor(right.s)[0], hint, mistakes)
 
