@@ -4,7 +4,10 @@ Each exercise has a process that answers for all of its solutions, as torch take
 """
 import csv
 import functools
+import importlib.util
 import io
+import os
+import py_compile
 import shutil
 import subprocess
 import sys
@@ -380,6 +383,32 @@ CHEATS = {
 """}
 
 
+if hasattr(os, "pidfd_open"):                            # Linux
+    LAST, BODY = CHEATS.popitem()
+    CHEATS |= {
+        "ends the grader": """
+    import os
+    import signal
+    signal.pidfd_send_signal(os.pidfd_open(os.getppid()), signal.SIGKILL)
+""",
+        "signals by a number": """
+    import signal
+    signal.pidfd_send_signal(0, signal.SIGKILL)
+""",
+        "limits the grader": """
+    import os
+    import resource
+    resource.prlimit(os.getppid(), resource.RLIMIT_FSIZE, (0, 0))
+""",
+        "starts a process by multiprocessing": """
+    import multiprocessing
+    process = multiprocessing.get_context("spawn").Process(target=print)
+    process.start()
+    process.join()
+""",
+        LAST: BODY}
+
+
 def cheating(body):
     """render.py in which integrate has this body, given as text."""
     made = without_body(1)
@@ -396,6 +425,7 @@ def cheated():
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         shutil.copy(ROOT / "render.py", Path(folder) / "planted.py")
         patch.setenv("PYTHONPATH", folder)
+        patch.setenv("PYTHONSAFEPATH", "1")              # would keep child.py from finding asks.py
         for group in (names, [last]):
             contents = [cheating(CHEATS[name]).encode() for name in group]
             given, answers = exercise.ask(EXERCISES[1], contents, seed=0, seconds=300, quiet=True)
@@ -447,9 +477,28 @@ def test_an_answer_that_is_no_tensor_file_is_never_loaded(tmp_path):
     assert "neither tensors" in exercise.read_answer(tmp_path / "answer.pt", "")["stopped"]
     torch.save({"answer": [torch.zeros(1).expand(10**9, 10**9)]}, tmp_path / "answer.pt")
     assert "too large" in exercise.read_answer(tmp_path / "answer.pt", "")["stopped"]
+    twice = [0]
+    for _ in range(40):
+        twice = [twice, twice]
+    words = "x" * 10**6
+    for answer in (twice, {"names": [words] * 20}, {words + str(i): 0 for i in range(20)}):
+        torch.save({"answer": answer}, tmp_path / "answer.pt")
+        assert "too large" in exercise.read_answer(tmp_path / "answer.pt", "")["stopped"]
     torch.save({"stopped": 3}, tmp_path / "answer.pt")
     assert exercise.read_answer(tmp_path / "answer.pt", "") == {"stopped": "3"}
     assert exercise.read_answer(tmp_path / "none.pt", "why") == {"stopped": "why"}
+
+
+def test_a_folder_that_is_too_deep_to_be_removed_stays_and_nothing_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(exercise.tempfile, "tempdir", str(tmp_path))
+    with exercise.passing_folder() as folder:
+        deep = folder
+        for _ in range(1200):
+            deep = deep / "a"
+            deep.mkdir()
+    while deep != tmp_path:
+        deep.rmdir()
+        deep = deep.parent
 
 
 def test_an_error_message_cannot_talk_to_the_terminal():
@@ -485,12 +534,37 @@ def test_where_a_file_of_the_project_changes_meanwhile_nothing_is_judged(project
     assert done.returncode == 2 and "points" not in done.stdout
     assert f"{victim} has changed while a solution ran" in done.stderr
     shutil.copy(exercise.HERE / "exercises" / "common.py", victim)
+    # Of a class, those who come before are graded, and nobody after.
+    shutil.copytree(project / "vandal", project / "before")
+    (project / "before" / "render.py").unlink()
+    done = run(project, 1, "--grade", "before", "vandal", "before/../before")
+    assert done.returncode == 2
+    assert f"{victim} has changed while a solution ran" in done.stderr
+    assert [line.split(",")[0] for line in done.stdout.splitlines()] == ["folder", "before"]
+    shutil.copy(exercise.HERE / "exercises" / "common.py", victim)
 
 
 def run(project, *words):
     """A command as it is typed, but for the time that a solution may take on a busy machine."""
     command = [sys.executable, "tests/exercise.py", *map(str, words), "--limit", "500"]
-    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=600)
+    environment = dict(os.environ, PYTHONIOENCODING="utf8:strict")
+    return subprocess.run(command, cwd=project, capture_output=True, encoding="utf8",
+                          env=environment, timeout=600)
+
+
+def test_byte_code_that_a_solution_has_left_is_not_read(project, tmp_path):
+    source = project / "tests" / "exercises" / "integrate.py"
+    stat = source.stat()
+    other = tmp_path / "integrate.py"                    # of the same size and time, as caches want
+    other.write_text('raise SystemExit("planted")'.ljust(stat.st_size))
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    planted = py_compile.compile(str(other), importlib.util.cache_from_source(str(source)))
+    done = subprocess.run([sys.executable, "-c", "import exercises"], cwd=project / "tests",
+                          capture_output=True, text=True)
+    assert done.stderr == "planted\n"                    # it would be read
+    done = run(project)
+    assert done.returncode == 0 and "planted" not in done.stderr
+    Path(planted).unlink()
 
 
 def test_three_commands_from_a_clone_to_red_and_to_green(project):
@@ -536,7 +610,9 @@ def test_all_makes_every_exercise_and_grade_a_table_of_them(tmp_path, capsys):
     for name in ("exercise-01", "exercise-07"):
         shutil.copytree(tmp_path / "class" / name, anna / name)
     shutil.copytree(tmp_path / "class" / "exercise-01", ben)
-    (anna / "exercise-01" / "render.py").write_text(text_of(1))
+    # Anna writes over what Ben has handed in, by C code, which does not ask the fence.
+    spoils = f"\ntorch.save(torch.zeros(1), {str(ben / 'render.py')!r})\n"
+    (anna / "exercise-01" / "render.py").write_text(text_of(1) + spoils)
     right, wrong, words = EXERCISES[7].WRONG[0]
     (anna / "exercise-07" / "diffusion.py").write_text(text_of(7).replace(right, wrong))
     capsys.readouterr()
@@ -548,6 +624,77 @@ def test_all_makes_every_exercise_and_grade_a_table_of_them(tmp_path, capsys):
     assert "1: as published" in first["remarks"] and words in first["remarks"]
     assert "7: as published" not in first["remarks"]
     assert (second["1"], second["sum"], second["remarks"]) == ("0", "0", "1: not written yet")
+    assert b"integrate" not in (ben / "render.py").read_bytes()
+
+
+def test_what_ends_the_grading_of_one_file_is_remarked_and_is_not_the_end(monkeypatch):
+    monkeypatch.setattr(exercise, "SECONDS_AROUND", -499.9)
+    points, remarks = exercise.grade_apart(1, b"", 0, seconds=500)
+    assert points == 0 and remarks == ["grading it ended: it was stopped after 0.1 s"]
+    monkeypatch.setattr(exercise, "SECONDS_AROUND", 100)
+    for program, status in (("false", 1), ("echo", 0)):  # it ends, or prints something else
+        monkeypatch.setattr(sys, "executable", shutil.which(program))
+        ended = f"grading it ended: exit status {status}"
+        assert exercise.grade_apart(1, b"", 0, 500) == (0, [ended])
+
+
+@pytest.fixture
+def hand_outs(tmp_path, monkeypatch):
+    """Where exercises 1 and 2 are handed out; commands are typed there."""
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        exercise.write_exercise(EXERCISES[number], f"exercise-{number:02d}")
+    return tmp_path
+
+
+def remarks_of(capsys, *words):
+    """Remarks of one student's folder where no solution is run."""
+    exercise.main(["--grade", *words])
+    heading, row = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert row[heading.index("sum")] == "0"
+    return row[-1]
+
+
+def test_a_folder_of_another_exercise_is_refused(hand_outs, capsys):
+    """render.py of exercise 2 has the published solution of exercise 1 in it."""
+    with pytest.raises(BadInput, match="exercise-02 is a folder of exercise 2, .* of exercise 1"):
+        exercise.main(["1", "--check", "exercise-02"])
+    (hand_outs / "anna").mkdir()
+    shutil.move("exercise-02", "anna/exercise-01")
+    said = remarks_of(capsys, "anna")
+    assert said.startswith("1: anna") and "is a folder of exercise 2" in said.replace("\\", "/")
+    assert exercise.number_on_sheet("anna") is None
+    (hand_outs / "anna" / "TASK.md").write_bytes(b"# Exercise 2: \xff" + 10**6 * b"x")
+    assert exercise.number_on_sheet("anna") == 2
+
+
+def test_links_and_large_files_are_refused_by_name(hand_outs, capsys):
+    render = hand_outs / "exercise-01" / "render.py"
+    render.write_bytes(2**21 * b"#")
+    assert "render.py is too large" in remarks_of(capsys, "exercise-01")
+    render.unlink()
+    assert "no render.py there" in remarks_of(capsys, "exercise-01")
+    (hand_outs / "anna").mkdir()
+    try:
+        render.symlink_to(ROOT / "render.py")
+        (hand_outs / "anna" / "exercise-02").symlink_to(hand_outs / "exercise-02")
+    except OSError:
+        pytest.skip("no links can be made here")
+    assert "render.py is a link" in remarks_of(capsys, "exercise-01")
+    assert "exercise-02 is a link" in remarks_of(capsys, "anna").replace("\\", "/")
+    with pytest.raises(BadInput, match="render.py is a link, which is not followed"):
+        exercise.main(["1", "--check", "exercise-01"])
+
+
+def test_a_folder_whose_name_is_no_utf_8_is_printed_with_backslashes(project):
+    name = os.fsdecode(b"J\xfcrgen")
+    try:
+        (project / name / "exercise-01").mkdir(parents=True)
+    except OSError:
+        pytest.skip("no such name can be made here")
+    done = run(project, "--grade", name)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].startswith("J\\udcfcrgen,0,")
 
 
 def test_the_published_solution_is_recognized_but_not_another_one():
