@@ -17,20 +17,31 @@ a solution is asked, how the answer is shown.
     what is right, the points  <-----------   tensors and plain values
 
 Of a student's folder one file is read, the exercise's; all others are the project's own, as handed
-out. What is right never goes over. So a solution that hangs, ends, prints what it likes or looks
-for the original loses points and does no harm. What this does not do: whoever pastes the published
-function has a right solution; --grade says so ("as published"), no more. And it is a fence, not a
-prison: grade strangers' work on a machine that may break.
+out. What is right never goes over. So a solution that hangs, ends or prints what it likes loses
+points and does no harm; nor does one that looks for the original with Python's own functions.
+--grade reads all files before the first solution runs, and judges each in a process of its own:
+whatever ends that costs the points of one file, and the class goes on.
+
+What this does not do. Whoever pastes the published function has a right solution, and the hand-out
+of one exercise contains the published solutions of all others; --grade says so ("as published"), no
+more. And it is a fence, not a prison: C code, such as torch.from_file, can read, and even write,
+what the user may, the project and other hand-ins among it. Where a file of the graders has changed,
+nothing more is judged. Grade strangers' work under an account of its own, and keep a copy of the
+hand-ins elsewhere.
 
 Read next: exercises/integrate.py, the first grader; exercises/child.py.
 """
+import argparse
 import ast
+import contextlib
 import csv
 import inspect
+import json
 import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,7 +50,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":               # Ctrl-C while torch is imported: an end, no traceback
-    import signal
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 HERE = Path(__file__).resolve().parent
@@ -48,8 +58,21 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(HERE))
 import torch  # noqa: E402
 
-import exercises  # noqa: E402
-from data import BadInput, Parser, check_number, make_folder, run_cli, writing  # noqa: E402
+
+@contextlib.contextmanager
+def from_source():
+    """Modules are imported from their text alone, and byte code is neither read nor written: that
+    in __pycache__ nobody looks at, so nobody would see if a solution had left other there."""
+    before, sys.pycache_prefix = sys.pycache_prefix, os.devnull      # no folder can be there
+    try:
+        yield
+    finally:
+        sys.pycache_prefix = before
+
+
+with from_source():
+    import exercises  # noqa: E402
+    from data import BadInput, Parser, check_number, make_folder, run_cli, writing  # noqa: E402
 
 FILES = ("render", "data", "autodecoder", "normalize", "diffusion", "sample", "train")
 # What a student gets. Not tests/, which hold the answers, nor docs/, nor the history.
@@ -59,8 +82,11 @@ SHEET = "TASK.md"                # in a student's folder: what to do
 FIGURES = {1: "figure-rays.png", 6: "figure-normalization.png", 7: "figure-preconditioning.png",
            9: "figure-path.png", 12: "figure-skinning.png"}
 SECONDS = 60                     # a solution may take; the right ones take one or two
+SECONDS_AROUND = 120             # to grade it may take besides: twice to begin, to judge
 MOST_BYTES = 2 ** 26             # the file of an answer may have
-MOST_NUMBERS = 2 ** 24
+MOST_BYTES_HANDED_IN = 2 ** 20   # a student's file; the project's longest has 0.2 million
+MOST_NUMBERS = 2 ** 24           # and letters, of an answer
+OBJECT = 2 ** 8                  # a list, a string counts as so many numbers, for it takes as long
 
 EXERCISES = dict(enumerate(exercises.ALL, 1))
 
@@ -278,32 +304,47 @@ def write_questions(exercise, given, folder):
         text += f"\nask{i} = {ask.__name__}"
     (folder / "asks.py").write_text(text + "\n", encoding="utf8")
     shutil.copy(HERE / "exercises" / "child.py", folder)
-    torch.save(given, folder / "given.pt")
+    # What is right stays here: common.py.
+    sent = []
+    for numbers in given:
+        sent.append({name: value for name, value in numbers.items() if name != "right"})
+    torch.save(sent, folder / "given.pt")
 
 
 def run_child(exercise, n_solutions, folder, seconds, quiet):
     """Lets the solutions 0, 1, ... of a folder answer. Returns what is wrong with the process."""
-    command = [sys.executable, "child.py", Path(exercise.FILE).stem, str(n_solutions)]
-    environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1")
-    environment.pop("PYTHONPATH", None)                  # it might lead to the original
+    # -E: without PYTHONPATH, which might lead to the original, and all that is called PYTHON...
+    # -B: no byte code is written.
+    command = [sys.executable, "-EB", "child.py", Path(exercise.FILE).stem, str(n_solutions)]
     printed = subprocess.DEVNULL if quiet else None
     try:
-        done = subprocess.run(command, cwd=folder, env=environment, timeout=seconds,
-                              stdin=subprocess.DEVNULL, stdout=printed, stderr=printed)
+        done = subprocess.run(command, cwd=folder, timeout=seconds, stdin=subprocess.DEVNULL,
+                              stdout=printed, stderr=printed)
     except subprocess.TimeoutExpired:
         return f"it was stopped after {seconds:g} s: does a loop ever end?"
     return f"its process ended by itself (exit status {done.returncode})"
 
 
-def numbers_in(value):
-    """How many numbers an answer holds. An expanded tensor has many, and few bytes in its file."""
-    if isinstance(value, torch.Tensor):
-        return value.numel()
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(numbers_in(part) for part in value)
-    return 1
+def is_too_large(answer):
+    """Whether an answer holds more than MOST_NUMBERS numbers and letters.
+
+    It may do so in a small file: an expanded tensor has few bytes, and a list that holds another
+    one twice, which does so in turn, has 2^40 items after 40 of them. So what is met again counts
+    again, and the count ends as soon as it is too high.
+    """
+    count, waiting = 0, [answer]
+    while waiting and count <= MOST_NUMBERS:
+        part = waiting.pop()
+        count += OBJECT
+        if isinstance(part, torch.Tensor):
+            count += part.numel()
+        elif isinstance(part, (str, bytes)):
+            count += len(part)
+        elif isinstance(part, dict):
+            waiting += [*part.keys(), *part.values()]
+        elif isinstance(part, (list, tuple, set)):
+            waiting += part
+    return count > MOST_NUMBERS
 
 
 def read_answer(path, otherwise):
@@ -314,10 +355,10 @@ def read_answer(path, otherwise):
         if path.stat().st_size > MOST_BYTES:
             return {"stopped": "its answer is too large"}
         found = torch.load(path, weights_only=True)      # tensors and plain types, never programs
+        if is_too_large(found):
+            return {"stopped": "its answer is too large"}
         if "stopped" in found:
             return {"stopped": str(found["stopped"])}
-        if numbers_in(found["answer"]) > MOST_NUMBERS:
-            return {"stopped": "its answer is too large"}
         return {"answer": found["answer"]}
     except Exception as error:                           # whatever a damaged file leads to
         return {"stopped": f"it returns neither tensors nor plain values ({type(error).__name__})"}
@@ -342,6 +383,18 @@ def check_unchanged(before):
                            "may be another grader; look at git status, and try again")
 
 
+@contextlib.contextmanager
+def passing_folder():
+    """A folder that goes away again; but what a solution has piled up there may be too deep for
+    that, and then it stays."""
+    folder = tempfile.mkdtemp(prefix="exercise-")
+    try:
+        yield Path(folder).resolve()
+    finally:
+        with contextlib.suppress(OSError, RecursionError):
+            shutil.rmtree(folder)
+
+
 def ask(exercise, solutions, seed, seconds=SECONDS, quiet=False):
     """What solutions, the bytes of a file each, answer to the claims and for the picture.
 
@@ -353,8 +406,7 @@ def ask(exercise, solutions, seed, seconds=SECONDS, quiet=False):
     given = [claim.given(generator) for claim in exercise.CLAIMS]
     given.append(exercise.PICTURE.given(generator))
     before = project_files()
-    with tempfile.TemporaryDirectory(prefix="exercise-") as folder:
-        folder = Path(folder).resolve()
+    with passing_folder() as folder:
         write_questions(exercise, given, folder)
         for number, content in enumerate(solutions):
             place = folder / str(number)
@@ -399,7 +451,7 @@ def judge(claim, given, answer):
 
 def printable(hint):
     """One line of plain characters: a solution's error message may say anything to a terminal."""
-    return "".join(letter if letter.isprintable() else " " for letter in hint)[:400]
+    return "".join(letter if letter.isprintable() else " " for letter in hint[:400])
 
 
 def judge_all(exercise, given, answers):
@@ -420,7 +472,7 @@ def is_as_published(exercise, content):
     for name in exercise.WRITE:
         try:
             own = find(content.decode("utf8"), name)
-        except (SyntaxError, ValueError, KeyError):
+        except Exception:                                # no text, no Python, too deep to be read
             return False
         if ast.unparse(own) != ast.unparse(find(published, name)):
             return False
@@ -475,7 +527,8 @@ def right_answer(exercise, given):
     home = str(exercises.home(exercise, ROOT))
     if home not in sys.path:
         sys.path.append(home)
-    module = __import__(Path(exercise.FILE).stem)
+    with from_source():
+        module = __import__(Path(exercise.FILE).stem)
     torch.manual_seed(0)                                 # as in the child
     with tempfile.TemporaryDirectory() as folder:        # some ask with files
         before = Path.cwd()
@@ -513,11 +566,30 @@ def print_list():
         print(textwrap.indent(exercise.EQUATION, "        "))
 
 
+def number_on_sheet(folder):
+    """Which exercise the TASK.md of a folder says that it is; None where there is none."""
+    path = Path(folder) / SHEET
+    if path.is_symlink() or not path.is_file():
+        return None
+    with open(path, encoding="utf8", errors="replace") as file:
+        title = re.match(r"# Exercise (\d+):", file.readline(100))
+    return int(title[1]) if title else None
+
+
 def read_solution(exercise, folder):
-    """The one file of a student's folder that is looked at."""
+    """The one file of a student's folder that is looked at, as bytes; BadInput where it is not."""
+    number, other = number_of(exercise), number_on_sheet(folder)
+    if other not in (None, number):
+        # A folder of exercise 2 contains the published solution of exercise 1.
+        raise BadInput(f"{folder} is a folder of exercise {other}, says its {SHEET}: not of "
+                       f"exercise {number}")
     path = Path(folder) / exercise.FILE
+    if path.is_symlink():                                # to a file that others may not read?
+        raise BadInput(f"{path} is a link, which is not followed: the file itself must be there")
     if not path.is_file():
         raise BadInput(f"{folder}: no {exercise.FILE} there; --out makes such a folder")
+    if path.stat().st_size > MOST_BYTES_HANDED_IN:
+        raise BadInput(f"{path} is too large: more than {MOST_BYTES_HANDED_IN} bytes")
     return path.read_bytes()
 
 
@@ -539,7 +611,9 @@ def write_all(out):
     out = Path(out)
     for number, exercise in EXERCISES.items():
         write_exercise(exercise, out / f"exercise-{number:02d}")
-    print(f"{len(EXERCISES)} exercises in {out}; a student needs them, and this project to check")
+    print(f"{len(EXERCISES)} exercises in {out}; a student needs them, and this project to check.\n"
+          "The folder of one exercise contains the published solutions of all others: --grade says "
+          '"as published" of those who hand one in.')
 
 
 def handed_in(folder, number):
@@ -558,22 +632,29 @@ def handed_in(folder, number):
         part = folder / f"exercise-{n:02d}"
         if part.is_dir():
             found[n] = part
-    task = folder / SHEET
-    if not found and task.is_file():
-        title = re.match(r"# Exercise (\d+):", task.read_text(encoding="utf8", errors="replace"))
-        if title and int(title[1]) in EXERCISES:
-            found[int(title[1])] = folder
+    if not found and number_on_sheet(folder) in EXERCISES:
+        found[number_on_sheet(folder)] = folder
     if not found:
         raise BadInput(f"{folder}: no exercise there, neither exercise-01 and so on nor {SHEET}; "
                        "if it is exercise 3, say: python tests/exercise.py 3 --grade FOLDER")
     return found
 
 
-def grade_one(exercise, folder, seed, seconds):
-    """Points of one folder, and remarks: hints of what was lost."""
-    if not (folder / exercise.FILE).is_file():
-        return 0, [f"no {exercise.FILE}"]
-    content = (folder / exercise.FILE).read_bytes()
+def read_all(folder, number):
+    """What one student handed in, by exercise: {3: the bytes of a file, or in words why not}."""
+    contents = {}
+    for n, part in handed_in(folder, number).items():
+        try:
+            if part != Path(folder) and part.is_symlink():
+                raise BadInput(f"{part} is a link, which is not followed")
+            contents[n] = read_solution(EXERCISES[n], part)
+        except (BadInput, OSError) as problem:
+            contents[n] = str(problem)
+    return contents
+
+
+def grade_one(exercise, content, seed, seconds):
+    """Points of one file, and remarks: hints of what was lost."""
     # quiet: standard output is the table's, and nobody else's.
     given, answers = ask(exercise, [content], seed, seconds, quiet=True)
     verdicts = judge_all(exercise, given, answers[0])
@@ -583,25 +664,67 @@ def grade_one(exercise, folder, seed, seconds):
     return points_of(verdicts), list(dict.fromkeys(remarks))
 
 
+def end_all(process):
+    """Ends a process, and whatever it has started that is still there."""
+    process.kill()
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(OSError):               # nobody is left
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def grade_apart(number, content, seed, seconds):
+    """As grade_one, in a process of its own: what ends that is not the end of the class."""
+    command = [sys.executable, str(Path(__file__).resolve()), str(number), "--grade-one",
+               "--seed", str(seed), "--limit", str(seconds)]
+    # A session of its own: it is ended with all that it has started.
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               start_new_session=True)
+    most = seconds + SECONDS_AROUND
+    try:
+        printed, _ = process.communicate(content, timeout=most)
+        return json.loads(printed)
+    except subprocess.TimeoutExpired:
+        reason = f"it was stopped after {most:g} s"
+    except ValueError:                                   # nothing, or not only what it should print
+        reason = f"exit status {process.returncode}"
+    finally:
+        end_all(process)
+    return 0, [f"grading it ended: {reason}"]
+
+
+def grade_student(folder, contents, seed, seconds):
+    """A row of the table."""
+    row, remarks = {}, []
+    for n, content in contents.items():
+        if isinstance(content, str):
+            row[n], said = 0, [printable(content)]
+        else:
+            row[n], said = grade_apart(n, content, seed, seconds)
+        remarks += [f"{n}: {words}" for words in said]
+        print(f"{folder}, exercise {n}: {row[n]} of 10", file=sys.stderr)
+    points = [row.get(n, "") for n in EXERCISES]
+    return [folder, *points, sum(row.values()), "; ".join(remarks)]
+
+
 def grade(folders, number, seed, seconds):
     """A table on standard output, a line a student: points by exercise, their sum, remarks.
 
-    All are asked with the same numbers, so that the same work has the same points. Each line is
-    written when it is known: what was graded before a Ctrl-C stays.
+    All are asked with the same numbers, so that the same work has the same points. The table is
+    printed at the end, when no solution runs any more; after a Ctrl-C, of those graded before.
     """
-    # First all folders are looked at: a typing error should not come up after an hour.
-    students = {folder: handed_in(folder, number) for folder in folders}
-    table = csv.writer(sys.stdout, lineterminator="\n")
-    table.writerow(["folder", *EXERCISES, "sum", "remarks"])
-    for folder, parts in students.items():
-        row, remarks = {}, []
-        for n, part in parts.items():
-            row[n], said = grade_one(EXERCISES[n], part, seed, seconds)
-            remarks += [f"{n}: {words}" for words in said]
-            print(f"{folder}, exercise {n}: {row[n]} of 10", file=sys.stderr)
-        points = [row.get(n, "") for n in EXERCISES]
-        table.writerow([folder, *points, sum(row.values()), "; ".join(remarks)])
-        sys.stdout.flush()
+    # First all is read: no solution can change what another student handed in, and a typing error
+    # does not come up after an hour.
+    students = {folder: read_all(folder, number) for folder in folders}
+    before = project_files()
+    rows = [["folder", *EXERCISES, "sum", "remarks"]]
+    try:
+        for folder, contents in students.items():
+            row = grade_student(folder, contents, seed, seconds)
+            check_unchanged(before)
+            rows.append(row)
+    finally:
+        csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
 
 
 def make_parser():
@@ -613,6 +736,7 @@ def make_parser():
     what.add_argument("--all", metavar="OUT", help="make all exercises, a folder each, in OUT")
     what.add_argument("--grade", metavar="FOLDER", nargs="+",
                       help="points of students' folders as csv, on standard output")
+    what.add_argument("--grade-one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=float, default=SECONDS, metavar="SECONDS",
                         help="a solution may take so long (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="of the numbers that are tried (default: others "
@@ -624,7 +748,7 @@ def main(arguments=None):
     args = make_parser().parse_args(arguments)
     if args.number is not None and args.number not in EXERCISES:
         raise BadInput(f"there is no exercise {args.number}, only 1 to {len(EXERCISES)}")
-    if args.number is None and (args.out or args.check):
+    if args.number is None and (args.out or args.check or args.grade_one):
         raise BadInput("which exercise? For example: python tests/exercise.py 1 --out FOLDER")
     if args.number is not None and args.all:
         raise BadInput(f"--all makes all of them; for one: {args.number} --out FOLDER")
@@ -635,6 +759,9 @@ def main(arguments=None):
         write_all(args.all)
     elif args.grade:
         grade(args.grade, args.number, seed, args.limit)
+    elif args.grade_one:                                 # see grade_apart
+        content = sys.stdin.buffer.read()
+        print(json.dumps(grade_one(EXERCISES[args.number], content, seed, args.limit)))
     elif args.number is None:
         print_list()
     elif args.out:
@@ -647,4 +774,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")    # a folder's name may be no UTF-8
     run_cli(main)

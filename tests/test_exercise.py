@@ -4,7 +4,10 @@ Each exercise has a process that answers for all of its solutions, as torch take
 """
 import csv
 import functools
+import importlib.util
 import io
+import os
+import py_compile
 import shutil
 import subprocess
 import sys
@@ -56,7 +59,8 @@ def beside(number):
 
 @functools.cache
 def tried(number):
-    """All solutions of an exercise: {name: verdicts}, and {name: answer} for the picture."""
+    """All solutions of an exercise: what was given, {name: verdicts}, {name: answers}; the last of
+    what was given and of the answers is of the picture."""
     one = EXERCISES[number]
     solutions = {"published": text_of(number), "blank": without_body(number),
                  "unusual": with_bodies(number, one.UNUSUAL),
@@ -70,16 +74,15 @@ def tried(number):
     contents = [text.encode() for text in solutions.values()]
     given, answers = exercise.ask(one, contents, seed=number, seconds=300, quiet=True)
     verdicts = [exercise.judge_all(one, given, answer) for answer in answers]
-    pictures = [answer[-1] for answer in answers]
-    return dict(zip(solutions, verdicts)), given[-1], dict(zip(solutions, pictures))
+    return given, dict(zip(solutions, verdicts)), dict(zip(solutions, answers))
 
 
 def points(number, name):
-    return exercise.points_of(tried(number)[0][name])
+    return exercise.points_of(tried(number)[1][name])
 
 
 def hints(number, name):
-    return [verdict.hint for verdict in tried(number)[0][name] if verdict.hint]
+    return [verdict.hint for verdict in tried(number)[1][name] if verdict.hint]
 
 
 # ---- Graders, graded -----------------------------------------------------------------------------
@@ -128,6 +131,72 @@ def test_neither_constants_nor_a_copied_docstring_earn_anything(number, name):
     assert points(number, name) == 0
 
 
+def spoilt(value, how):
+    """An answer, all of whose numbers are nan, or inf, or 0; or that has none."""
+    if isinstance(value, dict):
+        return {name: spoilt(part, how) for name, part in value.items()}
+    if isinstance(value, torch.Tensor) and how == "empty":
+        return value.new_zeros(0, *value.shape[1:])
+    if isinstance(value, torch.Tensor):
+        return torch.full_like(value.double(), float(how))
+    if isinstance(value, list):
+        return [] if how == "empty" else [spoilt(part, how) for part in value]
+    if isinstance(value, (int, float)) and how != "empty":
+        return float(how)
+    return value
+
+
+@pytest.mark.filterwarnings("ignore:std")                # of no numbers
+@pytest.mark.parametrize("how", ["nan", "inf", "-inf", "0", "empty"])
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_is_not_finite_or_empty_or_nothing_but_0_satisfies_no_claim(number, how):
+    given, _, answers = tried(number)
+    for claim, numbers, answer in zip(EXERCISES[number].CLAIMS, given, answers["published"]):
+        assert exercise.judge(claim, numbers, answer) == ""
+        nothing = {"answer": spoilt(answer["answer"], how)}
+        assert exercise.judge(claim, numbers, nothing) != "", claim.words
+
+
+def answered(number, i, **changes):
+    """What is said of claim i where the published answer has been changed."""
+    given, _, answers = tried(number)
+    answer = dict(answers["published"][i]["answer"], **changes)
+    return exercise.judge(EXERCISES[number].CLAIMS[i], given[i], {"answer": answer})
+
+
+def test_where_what_is_right_follows_from_the_answer_nothing_beyond_measure_does():
+    """Weights whose sum is infinite; no step, and a mu for which none is right; and the like."""
+    weights = torch.full((6, 9), 1.5e308, dtype=torch.float64)
+    weights[:, 0] = 0
+    assert "not finite" in answered(1, 2, weights=weights)
+    directions = torch.full((2, 3, 4, 4, 3), torch.nan)
+    assert answered(2, 3, in_camera=directions, d=torch.ones_like(directions))
+    given = tried(11)[0][1]
+    still = {name: given[name] for name in ("R", "rho", "u")}
+    for mu in (1e12, torch.inf):
+        assert "more than 100 times" in answered(11, 1, mu=torch.full((3, 1, 1), mu), **still)
+    error = torch.full((3,), 1e12)
+    assert "100 times" in answered(11, 2, error=error, mu=(error / 144).view(3, 1, 1))
+
+
+def test_where_m_and_s_are_what_they_should_become_they_have_been_set_before():
+    """Exercise 6: `return self` leaves m and s as they were."""
+    for i in (5, 6):
+        latents_hat = (tried(6)[0][i]["latents"] - 7) / 5
+        left = {"m": torch.tensor(7.0), "s": torch.tensor(5.0), "latents_hat": latents_hat}
+        assert answered(6, i, **left) and answered(6, i) == ""
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_is_right_is_not_sent(number, tmp_path):
+    one, given = EXERCISES[number], tried(number)[0]
+    exercise.write_questions(one, given, tmp_path)
+    sent = torch.load(tmp_path / "given.pt")
+    assert [set(numbers) for numbers in sent] == [set(numbers) - {"right"} for numbers in given]
+    if number == 11:                                     # the pose that eight steps should find
+        assert not torch.equal(sent[5]["R"], given[5]["right"])
+
+
 def test_numbers_are_drawn_anew_for_every_seed():
     for number in NUMBERS:
         for claim in EXERCISES[number].CLAIMS:
@@ -141,24 +210,24 @@ def page(number, answer):
     """One half of a picture, by itself: its pixels."""
     figure = Figure(figsize=(4.5, 4.5), layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    exercise.draw_half(figure, EXERCISES[number].PICTURE, "", tried(number)[1], answer)
+    exercise.draw_half(figure, EXERCISES[number].PICTURE, "", tried(number)[0][-1], answer)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba()).copy()
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_right_solution_looks_right_and_of_the_wrong_ones_one_at_least_does_not(number):
-    _, given, pictures = tried(number)
-    right = page(number, exercise.right_answer(EXERCISES[number], given))
-    blank = page(number, pictures["blank"])
-    assert (page(number, pictures["published"]) == right).all()
+    given, _, answers = tried(number)
+    right = page(number, exercise.right_answer(EXERCISES[number], given[-1]))
+    blank = page(number, answers["blank"][-1])
+    assert (page(number, answers["published"][-1]) == right).all()
     assert (right < 250).mean() > 5 * (blank < 250).mean()       # not an empty page
-    assert any((page(number, pictures[f"wrong {i}"]) != right).any() for i in range(3))
+    assert any((page(number, answers[f"wrong {i}"][-1]) != right).any() for i in range(3))
 
 
 def test_where_nothing_is_written_the_picture_says_so_beside_the_right_one(tmp_path):
-    _, given, pictures = tried(1)
-    exercise.draw_picture(EXERCISES[1], given, pictures["blank"], tmp_path / "blank.png")
+    given, _, answers = tried(1)
+    exercise.draw_picture(EXERCISES[1], given[-1], answers["blank"][-1], tmp_path / "blank.png")
     picture = iio.imread(tmp_path / "blank.png")[40:]            # below the headings
     left, right = picture[:, :450], picture[:, 450:]
     assert 0 < (left < 128).any(-1).mean() < 0.02        # two lines of words
@@ -314,6 +383,32 @@ CHEATS = {
 """}
 
 
+if hasattr(os, "pidfd_open"):                            # Linux
+    LAST, BODY = CHEATS.popitem()
+    CHEATS |= {
+        "ends the grader": """
+    import os
+    import signal
+    signal.pidfd_send_signal(os.pidfd_open(os.getppid()), signal.SIGKILL)
+""",
+        "signals by a number": """
+    import signal
+    signal.pidfd_send_signal(0, signal.SIGKILL)
+""",
+        "limits the grader": """
+    import os
+    import resource
+    resource.prlimit(os.getppid(), resource.RLIMIT_FSIZE, (0, 0))
+""",
+        "starts a process by multiprocessing": """
+    import multiprocessing
+    process = multiprocessing.get_context("spawn").Process(target=print)
+    process.start()
+    process.join()
+""",
+        LAST: BODY}
+
+
 def cheating(body):
     """render.py in which integrate has this body, given as text."""
     made = without_body(1)
@@ -330,6 +425,7 @@ def cheated():
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         shutil.copy(ROOT / "render.py", Path(folder) / "planted.py")
         patch.setenv("PYTHONPATH", folder)
+        patch.setenv("PYTHONSAFEPATH", "1")              # would keep child.py from finding asks.py
         for group in (names, [last]):
             contents = [cheating(CHEATS[name]).encode() for name in group]
             given, answers = exercise.ask(EXERCISES[1], contents, seed=0, seconds=300, quiet=True)
@@ -381,9 +477,28 @@ def test_an_answer_that_is_no_tensor_file_is_never_loaded(tmp_path):
     assert "neither tensors" in exercise.read_answer(tmp_path / "answer.pt", "")["stopped"]
     torch.save({"answer": [torch.zeros(1).expand(10**9, 10**9)]}, tmp_path / "answer.pt")
     assert "too large" in exercise.read_answer(tmp_path / "answer.pt", "")["stopped"]
+    twice = [0]
+    for _ in range(40):
+        twice = [twice, twice]
+    words = "x" * 10**6
+    for answer in (twice, {"names": [words] * 20}, {words + str(i): 0 for i in range(20)}):
+        torch.save({"answer": answer}, tmp_path / "answer.pt")
+        assert "too large" in exercise.read_answer(tmp_path / "answer.pt", "")["stopped"]
     torch.save({"stopped": 3}, tmp_path / "answer.pt")
     assert exercise.read_answer(tmp_path / "answer.pt", "") == {"stopped": "3"}
     assert exercise.read_answer(tmp_path / "none.pt", "why") == {"stopped": "why"}
+
+
+def test_a_folder_that_is_too_deep_to_be_removed_stays_and_nothing_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(exercise.tempfile, "tempdir", str(tmp_path))
+    with exercise.passing_folder() as folder:
+        deep = folder
+        for _ in range(1200):
+            deep = deep / "a"
+            deep.mkdir()
+    while deep != tmp_path:
+        deep.rmdir()
+        deep = deep.parent
 
 
 def test_an_error_message_cannot_talk_to_the_terminal():
@@ -419,12 +534,37 @@ def test_where_a_file_of_the_project_changes_meanwhile_nothing_is_judged(project
     assert done.returncode == 2 and "points" not in done.stdout
     assert f"{victim} has changed while a solution ran" in done.stderr
     shutil.copy(exercise.HERE / "exercises" / "common.py", victim)
+    # Of a class, those who come before are graded, and nobody after.
+    shutil.copytree(project / "vandal", project / "before")
+    (project / "before" / "render.py").unlink()
+    done = run(project, 1, "--grade", "before", "vandal", "before/../before")
+    assert done.returncode == 2
+    assert f"{victim} has changed while a solution ran" in done.stderr
+    assert [line.split(",")[0] for line in done.stdout.splitlines()] == ["folder", "before"]
+    shutil.copy(exercise.HERE / "exercises" / "common.py", victim)
 
 
 def run(project, *words):
     """A command as it is typed, but for the time that a solution may take on a busy machine."""
     command = [sys.executable, "tests/exercise.py", *map(str, words), "--limit", "500"]
-    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=600)
+    environment = dict(os.environ, PYTHONIOENCODING="utf8:strict")
+    return subprocess.run(command, cwd=project, capture_output=True, encoding="utf8",
+                          env=environment, timeout=600)
+
+
+def test_byte_code_that_a_solution_has_left_is_not_read(project, tmp_path):
+    source = project / "tests" / "exercises" / "integrate.py"
+    stat = source.stat()
+    other = tmp_path / "integrate.py"                    # of the same size and time, as caches want
+    other.write_text('raise SystemExit("planted")'.ljust(stat.st_size))
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    planted = py_compile.compile(str(other), importlib.util.cache_from_source(str(source)))
+    done = subprocess.run([sys.executable, "-c", "import exercises"], cwd=project / "tests",
+                          capture_output=True, text=True)
+    assert done.stderr == "planted\n"                    # it would be read
+    done = run(project)
+    assert done.returncode == 0 and "planted" not in done.stderr
+    Path(planted).unlink()
 
 
 def test_three_commands_from_a_clone_to_red_and_to_green(project):
@@ -470,7 +610,9 @@ def test_all_makes_every_exercise_and_grade_a_table_of_them(tmp_path, capsys):
     for name in ("exercise-01", "exercise-07"):
         shutil.copytree(tmp_path / "class" / name, anna / name)
     shutil.copytree(tmp_path / "class" / "exercise-01", ben)
-    (anna / "exercise-01" / "render.py").write_text(text_of(1))
+    # Anna writes over what Ben has handed in, by C code, which does not ask the fence.
+    spoils = f"\ntorch.save(torch.zeros(1), {str(ben / 'render.py')!r})\n"
+    (anna / "exercise-01" / "render.py").write_text(text_of(1) + spoils)
     right, wrong, words = EXERCISES[7].WRONG[0]
     (anna / "exercise-07" / "diffusion.py").write_text(text_of(7).replace(right, wrong))
     capsys.readouterr()
@@ -482,6 +624,77 @@ def test_all_makes_every_exercise_and_grade_a_table_of_them(tmp_path, capsys):
     assert "1: as published" in first["remarks"] and words in first["remarks"]
     assert "7: as published" not in first["remarks"]
     assert (second["1"], second["sum"], second["remarks"]) == ("0", "0", "1: not written yet")
+    assert b"integrate" not in (ben / "render.py").read_bytes()
+
+
+def test_what_ends_the_grading_of_one_file_is_remarked_and_is_not_the_end(monkeypatch):
+    monkeypatch.setattr(exercise, "SECONDS_AROUND", -499.9)
+    points, remarks = exercise.grade_apart(1, b"", 0, seconds=500)
+    assert points == 0 and remarks == ["grading it ended: it was stopped after 0.1 s"]
+    monkeypatch.setattr(exercise, "SECONDS_AROUND", 100)
+    for program, status in (("false", 1), ("echo", 0)):  # it ends, or prints something else
+        monkeypatch.setattr(sys, "executable", shutil.which(program))
+        ended = f"grading it ended: exit status {status}"
+        assert exercise.grade_apart(1, b"", 0, 500) == (0, [ended])
+
+
+@pytest.fixture
+def hand_outs(tmp_path, monkeypatch):
+    """Where exercises 1 and 2 are handed out; commands are typed there."""
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        exercise.write_exercise(EXERCISES[number], f"exercise-{number:02d}")
+    return tmp_path
+
+
+def remarks_of(capsys, *words):
+    """Remarks of one student's folder where no solution is run."""
+    exercise.main(["--grade", *words])
+    heading, row = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert row[heading.index("sum")] == "0"
+    return row[-1]
+
+
+def test_a_folder_of_another_exercise_is_refused(hand_outs, capsys):
+    """render.py of exercise 2 has the published solution of exercise 1 in it."""
+    with pytest.raises(BadInput, match="exercise-02 is a folder of exercise 2, .* of exercise 1"):
+        exercise.main(["1", "--check", "exercise-02"])
+    (hand_outs / "anna").mkdir()
+    shutil.move("exercise-02", "anna/exercise-01")
+    said = remarks_of(capsys, "anna")
+    assert said.startswith("1: anna") and "is a folder of exercise 2" in said.replace("\\", "/")
+    assert exercise.number_on_sheet("anna") is None
+    (hand_outs / "anna" / "TASK.md").write_bytes(b"# Exercise 2: \xff" + 10**6 * b"x")
+    assert exercise.number_on_sheet("anna") == 2
+
+
+def test_links_and_large_files_are_refused_by_name(hand_outs, capsys):
+    render = hand_outs / "exercise-01" / "render.py"
+    render.write_bytes(2**21 * b"#")
+    assert "render.py is too large" in remarks_of(capsys, "exercise-01")
+    render.unlink()
+    assert "no render.py there" in remarks_of(capsys, "exercise-01")
+    (hand_outs / "anna").mkdir()
+    try:
+        render.symlink_to(ROOT / "render.py")
+        (hand_outs / "anna" / "exercise-02").symlink_to(hand_outs / "exercise-02")
+    except OSError:
+        pytest.skip("no links can be made here")
+    assert "render.py is a link" in remarks_of(capsys, "exercise-01")
+    assert "exercise-02 is a link" in remarks_of(capsys, "anna").replace("\\", "/")
+    with pytest.raises(BadInput, match="render.py is a link, which is not followed"):
+        exercise.main(["1", "--check", "exercise-01"])
+
+
+def test_a_folder_whose_name_is_no_utf_8_is_printed_with_backslashes(project):
+    name = os.fsdecode(b"J\xfcrgen")
+    try:
+        (project / name / "exercise-01").mkdir(parents=True)
+    except OSError:
+        pytest.skip("no such name can be made here")
+    done = run(project, "--grade", name)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].startswith("J\\udcfcrgen,0,")
 
 
 def test_the_published_solution_is_recognized_but_not_another_one():

@@ -6,7 +6,7 @@ mistake there costs its points once.
 import torch
 import torch.nn.functional as F
 
-from .common import Claim, Picture, compare
+from .common import Claim, Picture, compare, flaw
 
 TITLE = "the rays of a camera"
 PAPER = "Sec. 3.1; the conventions at the top of render.py"
@@ -108,6 +108,9 @@ def lopsided_lens(generator):
 
 def judge_right_and_up(given, answer):
     """By signs alone: sizes are judged below."""
+    problem = flaw(answer[..., :2], (2, 6, 6, 2))
+    if problem:
+        return f"x and y of each pixel: {problem}"
     to_the_right = answer[:, 2, 1:, 0] - answer[:, 2, :-1, 0]
     downwards = answer[:, 1:, 2, 1] - answer[:, :-1, 2, 1]
     if not compare(answer, by_hand(given).transpose(1, 2), "no"):
@@ -157,6 +160,8 @@ def judge_turn(given, answer):
     """By what the student's own pixel_directions says of the pixels."""
     rotation = given["cam2world"][..., :3, :3].double()
     in_camera = answer["in_camera"].double()
+    if in_camera.norm(dim=-1).min() < 1e-3:
+        return "pixel_directions answers no directions: their length is 0"
     right = F.normalize(torch.einsum("bvij,bvhwj->bvhwi", rotation, in_camera), dim=-1)
     back = F.normalize(torch.einsum("bvji,bvhwj->bvhwi", rotation, in_camera), dim=-1)
     unturned = F.normalize(in_camera, dim=-1)

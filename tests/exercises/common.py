@@ -7,7 +7,10 @@ its own, so it never sees what is right, nor says whether it was:
     ask(module, given)    there     calls the student's function, returns tensors and plain values
     judge(given, answer)  here      "" where the claim holds, else a hint
 
-The text of `ask` alone is sent over: it may use torch, math and what it imports itself.
+The text of `ask` alone is sent over: it may use torch, math and what it imports itself. With it
+goes all that is given but for "right", where a claim keeps there what only its judge may know.
+
+What is not finite has no points, nor has what is empty: see `flaw`.
 
 A hint must be true. So a judge also works out what comes out if one makes this or that mistake, and
 names a mistake only where the answer is exactly what it leads to.
@@ -37,22 +40,39 @@ class Picture:
     draw: Callable               # (figure, given, answer)
 
 
+def flaw(answer, shape):
+    """"" where an answer is a tensor of this shape, of real and finite numbers; else what it lacks.
+
+    TRAP: comparisons with nan are False, and of no numbers at all everything is true. So a judge
+    that does not ask `compare` asks this first.
+    """
+    if not isinstance(answer, torch.Tensor):
+        return f"a tensor is asked for, and this is {type(answer).__name__}"
+    if answer.shape != torch.Size(shape):
+        return f"its shape should be {tuple(shape)}, and is {tuple(answer.shape)}"
+    if answer.numel() == 0:
+        return "it has no numbers"
+    if answer.is_complex():
+        return "its numbers are complex"
+    if not answer.isfinite().all():
+        return "some of its numbers are not finite"
+    return ""
+
+
 def difference(answer, right, tolerance=1e-4):
     """"" where two tensors are equal up to rounding; else in words what is wrong with `answer`.
 
     Rounding is measured against each number itself, and where that is small, against a hundredth
-    of the largest.
+    of the largest. What is right may be worked out from another number of the student's: where that
+    is not finite, nothing is equal to it.
     """
-    if not isinstance(answer, torch.Tensor):
-        return f"a tensor is asked for, and this is {type(answer).__name__}"
-    if answer.shape != right.shape:
-        return f"its shape should be {tuple(right.shape)}, and is {tuple(answer.shape)}"
-    if answer.is_complex():
-        return "its numbers are complex"
+    problem = flaw(answer, right.shape)
+    if problem:
+        return problem
     answer = answer.detach().double()
     right = right.detach().double()
-    if not answer.isfinite().all():
-        return "some of its numbers are not finite"
+    if not right.isfinite().all():
+        return "what it is worked out from is not finite"
     size = right.abs()
     allowed = tolerance * (size + 0.01 * size.max())
     if ((answer - right).abs() > allowed).any():

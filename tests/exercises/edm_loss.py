@@ -5,7 +5,7 @@ that the denoiser was called with, it is worked out what the loss should have be
 """
 import torch
 
-from .common import Claim, Picture, compare
+from .common import Claim, Picture, compare, flaw
 
 TITLE = "the loss of diffusion"
 PAPER = "Sec. 3.3, App. B.2; EDM, Table 1"
@@ -91,6 +91,9 @@ def judge_sigma(given, answer):
         return f"denoise wants sigma as (B,), and is given one of {answer['sigma_axes']} axes"
     if len(sigma.unique()) < 2:
         return ONE_SIGMA
+    problem = flaw(sigma, (4000,))
+    if problem:
+        return f"sigma: {problem}"
     if not (sigma > 0).all():
         return "sigma is positive: the exponential of a normal number"
     logs = sigma.double().log()
@@ -109,6 +112,9 @@ def judge_noise(given, answer):
     if answer["x"].shape != given["y"].shape:
         return f"x is as y, {tuple(given['y'].shape)}, not {tuple(answer['x'].shape)}"
     noise = noise_of(given, answer)
+    problem = flaw(noise, given["y"].shape)
+    if problem:
+        return f"n, which is (x - y) / sigma: {problem}"
     added = answer["x"].double() - given["y"].double()
     bound = 6 / noise.numel()**0.5
     if abs(noise.std() - 1) > bound:
@@ -171,6 +177,9 @@ def the_same_seed(generator):
 
 def judge_generator(given, answer):
     """To the bit: a seed that repeats a run nearly is of no use."""
+    problem = flaw(answer["loss"], (3,))
+    if problem:
+        return f"the losses of three seeds: {problem}"
     first, again, other = answer["loss"].tolist()
     if first != again:
         return GENERATOR

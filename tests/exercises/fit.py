@@ -19,7 +19,8 @@ MINUTES = 25
 TASK = """\
 Set self.m and self.s, tensors of the latents' type, and return self. self.mode says what they are:
 "robust", as above; "meanstd", mean and standard deviation (torch's own, .std()); "none", 0 and 1.
-They are of all numbers together, of shape (); with self.per_channel of each channel, of shape
+Quartiles are torch.quantile's and numpy's: between two numbers, interpolated linearly.
+m and s are of all numbers together, of shape (); with self.per_channel of each channel, of shape
 (1, C, 1, 1, 1). Where s is 0 (half of the numbers are the same) set it to 1. self.spread is not
 your matter: normalize uses it.
 TRAP: torch.quantile refuses more than 16 million numbers; numpy's does not."""
@@ -49,6 +50,8 @@ def as_tensor(*numbers):
 def fit(normalize, given):
     """Asks for m, s, and what the normalizer then makes of latents."""
     normalizer = normalize.RobustNormalizer(given["mode"], given["per_channel"])
+    # From the start they are 0 and 1, and should become just that where the mode is "none".
+    normalizer.m, normalizer.s = torch.tensor(7.0), torch.tensor(5.0)
     returned = normalizer.fit(given["latents"].clone())
     answer = {"m": normalizer.m, "s": normalizer.s, "is_self": returned is normalizer}
     answer["latents_hat"] = normalizer.normalize(given["latents"])
@@ -72,8 +75,8 @@ def fit_channels(normalize, given):
 
 
 def make(generator, mode="robust", per_channel=False):
-    """Skewed latents, 405 numbers, 81 a channel: so many that quartiles are numbers of them, and
-    all ways to define a quartile agree."""
+    """Skewed latents, 405 numbers, 81 a channel: so many that torch's quartiles are numbers of
+    them, and most other ways to define a quartile agree."""
     latents = torch.randn(3, 5, 3, 3, 3, generator=generator).exp()
     latents = latents + torch.randn(1, 5, 1, 1, 1, generator=generator)
     scale = 2 + 18 * torch.rand((), generator=generator)
@@ -94,7 +97,8 @@ def judge_m(given, answer):
 
 def judge_s(given, answer):
     right = by_hand(given["latents"])
-    hint = "s is 0.7413 times the difference of the quartiles of all numbers, a tensor of shape ()"
+    hint = ("s is 0.7413 times the difference of the quartiles of all numbers, those of "
+            "torch.quantile, and a tensor of shape ()")
     mistakes = [(as_tensor(right.s / 0.7413)[0], FACTOR), (as_tensor(right.std)[0], DEVIATION)]
     return compare(answer["s"], as_tensor(right.s)[0], hint, mistakes)
 
@@ -157,10 +161,11 @@ def none(generator):
 
 
 def judge_none(given, answer):
-    """Not by m and s alone, which are 0 and 1 from the start: fit has to have run."""
+    """By what becomes of latents: m and s were others before."""
     if not answer["is_self"]:
         return RETURN
-    return compare(answer["latents_hat"], given["latents"], 'mode "none": m = 0, s = 1')
+    hint = 'mode "none": set m = 0 and s = 1, whatever they were'
+    return compare(answer["latents_hat"], given["latents"], hint)
 
 
 def constant_latents(generator):
@@ -172,7 +177,7 @@ def constant_latents(generator):
 
 
 def judge_constant(given, answer):
-    """By s alone: what m is, is another claim. But fit has to have run."""
+    """By s alone, which was another before: what m is, is another claim."""
     if not answer["is_self"]:
         return RETURN
     deviation = as_tensor(by_hand(given["latents"]).std)[0]

@@ -1,7 +1,7 @@
 """Exercise 11: one Gauss-Newton step of the pose solver (App. B.1)."""
 import torch
 
-from .common import Claim, Picture, compare
+from .common import Claim, Picture, compare, flaw
 
 TITLE = "a Gauss-Newton step towards a pose"
 PAPER = "App. B.1; Levenberg-Marquardt"
@@ -25,6 +25,10 @@ NO_MU = "mu I is missing: without it a step along what the points do not show ma
 CLAMP = "after the step rho is clamped into [0, rho_max]: at a negative one the camera is behind"
 FLOOR = "mu contains the square of floor"
 ERROR_MU = "mu contains error / K^2: poor points are believed less"
+MU_IS_FAR = ("a step is judged with your own mu, right or wrong, but not where it is more than 100 "
+             "times too large or too small, as here")
+ERROR_IS_FAR = ("mu is judged with your own error, right or wrong, if only it is (B,), and neither "
+                "100 times too large nor too small: it is not")
 ONE_STEP_LATE = "error is that of the pose that is given, before the step"
 
 
@@ -46,7 +50,7 @@ def turned(w):
 def by_hand(given, sign=-1, per_point=True, damped=True, floor_power=2, with_error=True, own=None):
     """R, rho, u after the step; error, mu and g before it: (B, ...) each. J by autograd.
 
-    own  a student's answer, whose error and mu are taken, right or wrong
+    own  a student's answer, whose error and mu are taken, right or wrong: see is_near
     """
     rows = []
     for b in range(len(given["Y"])):
@@ -72,6 +76,17 @@ def by_hand(given, sign=-1, per_point=True, damped=True, floor_power=2, with_err
         rows.append((turned(d[:3]) @ R, rho, u + d[4:], error, mu.view(1, 1), g))
     names = ("R", "rho", "u", "error", "mu", "g")
     return {name: torch.stack(values) for name, values in zip(names, zip(*rows))}
+
+
+def is_near(own, right):
+    """Whether a student's error or mu, where it is wrong, may yet stand in for the right one.
+
+    It may within a factor of 100: with an endless mu it would be right not to step at all, and of
+    an endless error nothing else would be seen in mu.
+    """
+    if flaw(own, right.shape):
+        return False
+    return bool((own > right / 100).all() and (own < right * 100).all())
 
 
 def step(autodecoder, given):
@@ -101,7 +116,7 @@ def make(generator, floor, n_steps=1, noise=0.02, off=0.25, K=12):
     turn = off * torch.randn(B, 3, generator=generator)
     start = torch.stack([turned(turn[b]) @ R[b] for b in range(B)])
     return {"Y": Y, "x": x, "R": start, "rho": rho + 0.05, "u": u + 0.03, "floor": floor,
-            "rho_max": torch.full((B, 1), 0.8), "n_steps": n_steps, "true": R}
+            "rho_max": torch.full((B, 1), 0.8), "n_steps": n_steps, "right": R}
 
 
 # ---- What is asked -------------------------------------------------------------------------------
@@ -128,6 +143,8 @@ def judge_step(given, answer):
     """All three of the pose's parts, each against the same mistakes; with the student's own mu."""
     if answer["mu"].shape != (3, 1, 1) or not answer["mu"].min() > 0:
         return "mu is (B, 1, 1), and positive"
+    if not is_near(answer["mu"], by_hand(given)["mu"]):
+        return MU_IS_FAR
     right = by_hand(given, own=answer)
     named = [(by_hand(given, sign=1, own=answer), SIGN), (by_hand(given, damped=False), NO_MU),
              (by_hand(given, per_point=False, own=answer), PER_POINT)]
@@ -147,6 +164,8 @@ def weak_floor(generator):
 
 def judge_mu(given, answer):
     """With the student's own error, right or wrong."""
+    if not is_near(answer["error"], by_hand(given)["error"]):
+        return ERROR_IS_FAR
     right = by_hand(given, own=answer)["mu"]
     mistakes = [(by_hand(given, floor_power=1, own=answer)["mu"], FLOOR),
                 (by_hand(given, with_error=False, own=answer)["mu"], ERROR_MU),
@@ -179,10 +198,15 @@ def judge_clamp(given, answer):
     rho = answer["rho"]
     if rho.shape != (3, 1):
         return f"rho is (B, 1), (3, 1) here, not {tuple(rho.shape)}"
+    problem = flaw(rho, (3, 1))
+    if problem:
+        return f"rho: {problem}"
     if (rho < -1e-6).any() or (rho > given["rho_max"] + 1e-6).any():
         return CLAMP
     if not compare(rho, given["rho"], "no"):
         return "rho is the same after the step"
+    if not rho.max() > 0:
+        return "rho is 0 for every object, also where a step leads beyond rho_max"
     return ""
 
 
@@ -193,7 +217,7 @@ def eight_steps(generator):
 def judge_converged(given, answer):
     """What it is all for. A step that is a little wrong gets there, too: hence one point."""
     hint = "eight steps from a pose some degrees off lead to the true one"
-    return compare(answer["R"], given["true"], hint, tolerance=0.02)
+    return compare(answer["R"], given["right"], hint, tolerance=0.02)
 
 
 CLAIMS = (
@@ -211,7 +235,7 @@ def a_cube(generator):
     ends = torch.tensor([-0.6, 0.6])
     Y = torch.cartesian_prod(ends, ends, ends).repeat(3, 1, 1)
     x = torch.stack([seen_from(R, rho - 0.05, u - 0.03, points) for R, rho, u, points
-                     in zip(given["true"], given["rho"], given["u"], Y)])
+                     in zip(given["right"], given["rho"], given["u"], Y)])
     return given | {"Y": Y, "x": x}
 
 

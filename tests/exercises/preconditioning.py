@@ -1,7 +1,7 @@
 """Exercise 7: EDM's preconditioning (EDM, Table 1): four numbers for each noise level."""
 import torch
 
-from .common import Claim, Picture, compare
+from .common import Claim, Picture, compare, flaw
 
 TITLE = "EDM's preconditioning"
 PAPER = "App. B.2; EDM, Table 1"
@@ -96,6 +96,9 @@ def judge_shapes(given, answer):
         shape = tuple(getattr(answer[name], "shape", ()))
         if shape != (4, 1, 3, 1, 1):
             return f"sigma is (4, 1, 3, 1, 1), so {name} should be, too, and is {shape}"
+        problem = flaw(answer[name], shape)
+        if problem:
+            return f"{name}: {problem}"
         if answer[name].std() < 1e-6:
             return f"{name} is the same at all noise levels"
     return ""

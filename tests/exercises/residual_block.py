@@ -2,7 +2,7 @@
 import torch
 import torch.nn.functional as F
 
-from .common import Claim, Picture, compare
+from .common import Claim, Picture, compare, flaw
 
 TITLE = "a residual block, and its shapes"
 PAPER = "App. B.1"
@@ -126,9 +126,10 @@ def judge_shape(given, answer):
     expected = (2, given["c_out"], *sides)
     if tuple(answer["y"].shape) != expected:
         return f"{tuple(given['x'].shape)} should become {expected}, not {tuple(answer['y'].shape)}"
-    if answer["y"].std() < 1e-3:
-        return "the answer is the same everywhere, whatever goes in"
-    return ""
+    problem = flaw(answer["y"], expected)
+    if not problem and answer["y"].std() < 1e-3:
+        problem = "the answer is the same everywhere, whatever goes in"
+    return problem
 
 
 def judge_layers(given, answer):

@@ -113,6 +113,8 @@ def judge_weights(given, answer):
 def judge_points(given, answer):
     """By the student's own w, right or wrong."""
     x, w = points_of_parts(given), answer["w"].double()[..., None]
+    if w.abs().sum(1).min() < 1e-3:
+        return "all w_p of a sample are 0: nothing is blended"
     largest = F.one_hot(answer["w"].argmax(1), 3).movedim(-1, 1)[..., None]
     mistakes = [((largest * x).sum(1), HARD), (x.mean(1), EVENLY),
                 ((w * given["o"].double()[..., None, :]).sum(1), NO_T)]
