@@ -342,7 +342,7 @@ class AllSettings(Settings):
 
 # The toy presets keep the paper's method, not its numbers.
 PRESETS = {"micro": MICRO | dict(context_dim=64, sample_steps=32, finer_at=(0.4,))}
-# Two CPU cores, 6 to 20 minutes. As in the paper, a latent's side is an eighth of its volume's.
+# Two CPU cores, 7 to 20 minutes. As in the paper, a latent's side is an eighth of its volume's.
 # OURS: more noise than EDM's -1.2 and 1.2. Between sigma 80 and 10 it is decided whether a latent
 # becomes a chair, a table or a vehicle; EDM hardly trains there, and chairs were rare (results.md).
 PRESETS["tiny"] = PRESETS["micro"] | dict(
