@@ -3343,8 +3343,8 @@ def write_frames(path, chosen, reading):
     returns of those objects that can be used: names, how many views, hashes of their pictures
     """
     names, views, contents = [], [], []
-    # TRAP: a small tensor that is kept lies behind a large one that is freed, whose place is then too
-    # small for the next object: with one of each of 20,000 objects that took 15 GiB.
+    # TRAP: a small tensor that is kept lies behind a large one that is freed, whose place is then
+    # too small for the next object: with one of each of 20,000 objects that took 15 GiB.
     cam2world, intrinsics, known_portraits = bytearray(), bytearray(), bytearray()
 
     def build(one):

@@ -736,8 +736,8 @@ def middles(length, n):
 
 
 def save_sheet(path, rows, labels, title="", below=()):
-    """Writes rows of pictures, a list of (n, 3, H, W), as one PNG, with a label beside each row and,
-    where `below` has some, under each column."""
+    """Writes rows of pictures, a list of (n, 3, H, W), as one PNG, with a label beside each row
+    and, where `below` has some, under each column."""
     zoom = max(1, round(SIDE / rows[0].shape[-1]))                      # small ones are enlarged
     picture = tile(rows).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
     _, height, width = picture.shape

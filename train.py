@@ -1445,8 +1445,8 @@ def together():
     try:
         yield
     except RuntimeError as error:
-        # How one that waits hears that another has ended. Gloo's error is a plain RuntimeError: only
-        # its text tells.
+        # How one that waits hears that another has ended. Gloo's error is a plain RuntimeError:
+        # only its text tells.
         if not isinstance(error, dist.DistError) and "peer" not in str(error):
             raise
         if rank() > 0:
@@ -1502,8 +1502,8 @@ def averaging(network, forward, device):
     # TRAP: with it, each forward would exchange buffers; but sheets are drawn by the first alone.
     learner = torch.nn.parallel.DistributedDataParallel(
         Learner(network, forward), forward_sync_buffers=False)
-    # TRAP: a module that is assigned to a module becomes a part of it, and the network would contain
-    # itself. A function does not.
+    # TRAP: a module that is assigned to a module becomes a part of it, and the network would
+    # contain itself. A function does not.
     return lambda *inputs: learner(*inputs)
 
 
@@ -1520,8 +1520,9 @@ def after_step(settings, state, steps, stop):
     """What all do next -> whether a checkpoint is due; the signal by which to stop, or 0.
 
     stop.asked is read once: a signal that came between two reads would stop the run, and nothing
-    would have been saved. All processes get it, each in some step of its own (torchrun passes it on, and waits 30
-    seconds: --shutdown-timeout); the first to see it stops all after the same step.
+    would have been saved. All processes get it, each in some step of its own (torchrun passes it
+    on, and waits 30 seconds: --shutdown-timeout); the first to see it stops all after the same
+    step.
     """
     due = is_due(settings, state.step, steps)
     asked = stop.asked or 0
