@@ -545,6 +545,17 @@ def test_the_strip_from_noise_to_object_ends_with_the_sample(tmp_path, monkeypat
     assert (decoded[0] - decoded[-1]).abs().max() > 0.1
 
 
+def test_each_column_of_the_strip_says_its_noise(tmp_path, monkeypatch):
+    trained = sample.open_run(make_run(tmp_path, lively=True))
+    below = []
+    monkeypatch.setattr(sample, "save_sheet", lambda *given: below.extend(given[-1]))
+    sample.save_noise_strip(tmp_path / "strip.png", trained, 9, n=1)
+    sigmas = [float(text.removeprefix("σ = ")) for text in below]
+    assert len(sigmas) == 8 and sigmas[0] == 80 and sigmas[-1] == 0.002
+    assert sigmas == sorted(sigmas, reverse=True)
+    assert sample.middles(100, 4) == [12.5, 37.5, 62.5, 87.5]
+
+
 def test_samples_are_drawn_without_decoding_a_single_training_object(tmp_path):
     trained = sample.open_run(make_run(tmp_path, lively=True))
     trained.autodecoder.embedding = None                   # any use of it is an error
