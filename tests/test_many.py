@@ -359,7 +359,7 @@ def test_many_processes_also_compute_in_bfloat16_and_compile(as_two, group_of_on
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward) or forward)
     k = torch.arange(3)
-    with torch.autocast("cpu", torch.bfloat16):
+    with train.sound_convolutions("bf16", "cpu"), torch.autocast("cpu", torch.bfloat16):
         expected = decoder(k).float()
     wrapped = torch.nn.parallel.DistributedDataParallel.forward
     calls = []
