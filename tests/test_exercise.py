@@ -191,7 +191,7 @@ def test_where_m_and_s_are_what_they_should_become_they_have_been_set_before():
 def test_what_is_right_is_not_sent(number, tmp_path):
     one, given = EXERCISES[number], tried(number)[0]
     exercise.write_questions(one, given, tmp_path)
-    sent = torch.load(tmp_path / "given.pt")
+    sent = torch.load(tmp_path / "given.pt", weights_only=True)
     assert [set(numbers) for numbers in sent] == [set(numbers) - {"right"} for numbers in given]
     if number == 11:                                     # the pose that eight steps should find
         assert not torch.equal(sent[5]["R"], given[5]["right"])
